@@ -1,0 +1,166 @@
+"""Networks as scores: exact for a network that says what a Gaussian implies; conditions; one call."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from truth import F64, KINDS, SD, SDES, gaussian_score, network, tensor, times
+
+from scoresde import EDM, VE, VP, DiscreteVP, Model, change_sde, counted, evaluate, linear_betas
+
+X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+
+
+class Net:
+    """The x0-prediction mean + shift[y] + c of a point mass that its conditions choose; counts calls."""
+
+    def __init__(self, shift=(0.0, 1.0, 2.0, 5.0)):
+        self.shift, self.calls, self.rows, self.labels = tensor(shift), 0, 0, None
+
+    def __call__(self, x, label, y=None, c=None, flag=None):
+        self.calls, self.rows, self.labels = self.calls + 1, self.rows + len(x), label
+        out = torch.zeros_like(x) if y is None else self.shift[y].reshape(-1, 1).expand_as(x).to(x)
+        return out if c is None else out + c
+
+
+def point(mean):
+    return gaussian_score(VP(), mean, 0.0)
+
+
+@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_prediction_is_the_exact_score(name, kind):
+    sde = SDES[name]
+    model = Model(network(kind, sde), sde, kind, label=lambda t: t, sigma_data=SD)
+    for t in [*times(name, 3)[1:], times(name, 4)[1:5]]:  # one time, and one for each of the batch
+        want = gaussian_score(sde)(X, t)
+        s, r = sde.sigma(t).max().item(), (sde.sigma(t) / sde.alpha(t)).min().item()
+        atol = 1e-11 * (1 + 1 / r) * max(1.0, 1 / s)
+        torch.testing.assert_close(model(X, t), want, rtol=1e-8, atol=atol)
+
+
+def test_default_labels():
+    """c_noise = log(sigma/alpha)/4 for F, the integer label for a table, else the time itself."""
+    t = tensor(0.5)
+    table = DiscreteVP.from_betas(linear_betas(40))
+    for sde, kind, want in (
+        (EDM(), "F", 0.25 * torch.log(t)),
+        (VP(), "F", 0.25 * torch.log(VP().sigma(t) / VP().alpha(t))),
+        (table, "eps", tensor(19.0)),  # t = 0.5 is the 20th of 40 labels 0..39
+        (VP(), "eps", t),
+    ):
+        for x, time in ((X, t), (X, t.expand(4)), (X.float(), t)):
+            net = Net()
+            Model(net, sde, kind)(x, time)
+            torch.testing.assert_close(net.labels, want.to(x).expand(4))
+    net = Net()
+    Model(net, VP(), label=lambda t: 1000 * t)(X, t)
+    torch.testing.assert_close(net.labels, torch.full((4,), 500.0, dtype=F64))
+
+
+def test_given():
+    """One label, labels for each sample, none; contexts of batch 1 or B; the original is untouched."""
+    net, t = Net(), tensor(0.4)
+    model = Model(net, VP(), "x0", classes=3)
+    for y, mean in (
+        (1, 1.0),
+        (torch.tensor(2), 2.0),
+        ([0, 1, 2, 0], tensor(0, 1, 2, 0)[:, None]),
+        (None, 5.0),  # the network's "no label" is class 3
+        (3, 5.0),
+    ):
+        torch.testing.assert_close(model.given(y)(X, t), point(mean)(X, t))
+    torch.testing.assert_close(model(X, t), point(5.0)(X, t))
+    torch.testing.assert_close(model.given(1).given(None)(X, t), point(5.0)(X, t))
+    torch.testing.assert_close(model.given(1, c=tensor([[10.0, 20, 30]]))(X, t), point(tensor(11.0, 21, 31))(X, t))
+    each = torch.arange(4, dtype=F64)[:, None].expand(4, 3)
+    torch.testing.assert_close(model.given(2, c=each)(X, t), point(2 + each)(X, t))
+    assert model.cond == {}
+    assert dict(model.given(1, flag="a").given(2).cond) == {"flag": "a", "y": torch.tensor(2)}
+
+
+def test_label_checks():
+    model = Model(Net(), VP(), "x0", classes=3)
+    for y, match in ((-1, "label -1 .*0..2"), ([0, 9], "label 9 .*0..2"), (1.0, "float32"), ([[1]], r"\(1, 1\)")):
+        with pytest.raises(ValueError, match=match):
+            model.given(y)
+    with pytest.raises(ValueError, match=r"float64|torch.bool"):
+        model.given(torch.tensor([True]))
+    with pytest.raises(ValueError, match=r"classes=n"):
+        Model(Net(), VP()).given(1)
+    with pytest.raises(ValueError, match=r"3 labels.*batch of 4"):
+        model.given([0, 1, 2])(X, tensor(0.5))
+    with pytest.raises(ValueError, match=r"'c' has shape \(3, 3\).*batch 4"):
+        model.given(c=torch.zeros(3, 3))(X, tensor(0.5))
+    with pytest.raises(ValueError, match=r"unknown prediction 'noise'.*eps"):
+        Model(Net(), VP(), "noise")
+    with pytest.raises(ValueError, match=r"\(4, 6\).*\(4, 3\)"):
+        Model(lambda x, t: torch.cat([x, x], 1), VP())(X, tensor(0.5))
+
+
+@pytest.mark.parametrize("t", [tensor(0.4), tensor(0.1, 0.4, 0.6, 0.9)])
+def test_evaluate_makes_one_network_call(t):
+    net = Net()
+    model = Model(net, VP(), "x0", classes=3)
+    scores = [model.given(1), model, model.given([0, 1, 2, 0]), model.given(2)]
+    want = [s(X, t) for s in scores]
+    net.calls = net.rows = 0
+    got = evaluate(scores, X, t)
+    assert (net.calls, net.rows) == (1, 16)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_evaluate_keeps_apart_what_cannot_be_stacked():
+    """Other networks, other labels of time, other shapes of context: right, in order, in as few calls as possible."""
+    net, other, t = Net(), Net((3.0, 3, 3, 3)), tensor(0.4)
+    model = Model(net, VP(), "x0", classes=3)
+    c = torch.ones(1, 3, dtype=F64)
+    scores = [
+        model.given(1),
+        Model(other, VP(), "x0", classes=3).given(0),
+        point(7.0),
+        model.given(2, c=c),
+        model.given(0, c=2 * c),
+        model.given(0, c=torch.ones(1, 1, dtype=F64)),
+        replace(model, label=lambda t: 2 * t).given(2),
+        model.given(0),
+        model.given(1, flag=1),
+    ]
+    want = [1.0, 3.0, 7.0, 3.0, 2.0, 1.0, 2.0, 0.0, 1.0]
+    for s, mean in zip(evaluate(scores, X, t), want, strict=True):
+        torch.testing.assert_close(s, point(mean)(X, t), rtol=1e-10, atol=1e-10)
+    assert (net.calls, other.calls) == (5, 1)  # {0, 7}, {3, 4}, 5, 6, 8
+
+
+@pytest.mark.parametrize("old", SDES)
+@pytest.mark.parametrize("new", SDES)
+def test_change_sde_is_exact(old, new):
+    """A Gaussian's score of one SDE becomes its score of another, wherever both know the noise level."""
+    a, b = SDES[old], SDES[new]
+    r = tensor(0.05, 0.3, 1.0, 4.0)  # sigma/alpha
+    t = b.time(-r.log())
+    changed = change_sde(gaussian_score(a), a, b)
+    torch.testing.assert_close(changed(X, t), gaussian_score(b)(X, t), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(changed(X, t[1]), gaussian_score(b)(X, t[1]), rtol=1e-7, atol=1e-9)
+
+
+def test_counted():
+    score = counted(gaussian_score(VE()))
+    want = gaussian_score(VE())(X, tensor(0.5))
+    assert torch.equal(score(X, tensor(0.5)), want)
+    score(X[:1], tensor(0.5))
+    assert (score.calls, score.samples) == (2, 5)
+
+
+def test_float32():
+    """A float64 time on the CPU, as samplers pass it, leaves a float32 network float32."""
+    seen = []
+
+    def net(x, label):
+        seen.append((x.dtype, label.dtype, label.shape))
+        return x
+
+    for t in (tensor(0.5), tensor(0.5, 0.6, 0.7, 0.8)):
+        assert Model(net, VP())(X.float(), t).dtype == torch.float32
+    assert seen == [(torch.float32, torch.float32, (4,))] * 2

@@ -4,12 +4,19 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from samplers import grids, hooks, kernels
+from samplers import exponential, grids, hooks, kernels
+from samplers.angle import angle
+from samplers.auto import auto, choose
+from samplers.calibrated import Calibration, calibrate, calibrated, load_calibration
+from samplers.fitted import FittedGrid, fit_grid, load_grid
 from samplers.grids import perturb
 from samplers.heun import heun
 from samplers.langevin import annealed, langevin, predictor_corrector
+from samplers.multistep import deis, dpmpp, multistep, pndm, unipc
 from samplers.ode import ode
 from samplers.onestep import ancestral, ddim, euler_maruyama, flow_euler, reverse_diffusion
+from samplers.singlestep import dpm_solver, midpoint, ralston, singlestep
+from samplers.stochastic import er_sde, exponential_euler, sa_solver, sde_dpmpp, seeds
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "euler_maruyama": euler_maruyama,
@@ -18,12 +25,30 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "ancestral": ancestral,
     "ddim": ddim,
     "heun": heun,
+    "midpoint": midpoint,
+    "ralston": ralston,
+    "dpm_solver": dpm_solver,
+    "singlestep": singlestep,
+    "dpmpp": dpmpp,
+    "multistep": multistep,
+    "deis": deis,
+    "pndm": pndm,
+    "unipc": unipc,
+    "angle": angle,
+    "exponential_euler": exponential_euler,
+    "sde_dpmpp": sde_dpmpp,
+    "sa_solver": sa_solver,
+    "seeds": seeds,
+    "er_sde": er_sde,
     "predictor_corrector": predictor_corrector,
     "ode": ode,
 }
 """Every public sampler by name; the contract test runs over this table."""
 
 __all__ = [
-    "SAMPLERS", "ancestral", "annealed", "ddim", "euler_maruyama", "flow_euler", "grids", "heun", "hooks",
-    "kernels", "langevin", "ode", "perturb", "predictor_corrector", "reverse_diffusion",
+    "SAMPLERS", "Calibration", "FittedGrid", "ancestral", "angle", "annealed", "auto", "calibrate", "calibrated",
+    "choose", "ddim", "deis", "dpm_solver", "dpmpp", "er_sde", "euler_maruyama", "exponential", "exponential_euler",
+    "fit_grid", "flow_euler", "grids", "heun", "hooks", "kernels", "langevin", "load_calibration", "load_grid",
+    "midpoint", "multistep", "ode", "perturb", "pndm", "predictor_corrector", "ralston", "reverse_diffusion",
+    "sa_solver", "sde_dpmpp", "seeds", "singlestep", "unipc",
 ]  # fmt: skip

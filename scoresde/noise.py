@@ -41,7 +41,7 @@ class Streams:
 
 def _mix(seed: int, i: int) -> int:
     """One 63-bit seed from (seed, sample): neighbouring seeds share no stream."""
-    return int(np.random.SeedSequence(seed, spawn_key=(i,)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(seed, spawn_key=(i,)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def rademacher(z: Tensor) -> Tensor:

@@ -1,0 +1,67 @@
+"""General linear methods: every network call is one row of numbers, made in float64 before the loop.
+
+A step from ts[i] to ts[i + 1] is one row or several.  A row asks the score at the state y reached
+last (at first y = x, the state at ts[i]), keeps what it says, and moves on from x:
+
+    m = y + q s(y, t)   (or s itself),      y = a x + sum_j b_j m_j + c z,      x = y if `move`,
+
+m_0 the newest, m_1 the one before, also of earlier steps.  Multistep methods have one row a step,
+Runge-Kutta methods one for each stage, and a predictor whose corrector is free (the next step's call
+serves both) is a multistep method again, with other b.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from samplers.loop import check, checked, integrate
+from scoresde.types import SDE, Hook, Noise, Score
+
+
+class Row(NamedTuple):
+    """One network call and the update that follows it."""
+
+    t: Tensor  # () where the score is asked
+    q: float | None  # m = y + q s; None: m = s
+    a: float
+    b: tuple[float, ...]  # weights of m, newest first
+    c: float = 0.0
+    move: bool = False  # whether the rows that follow in this step start from here
+
+
+def run_rows(
+    score: Score,
+    sde: SDE,
+    x: Tensor,
+    ts: Tensor,
+    steps: Sequence[Sequence[Row]],
+    *,
+    noise: Noise = torch.randn_like,
+    on_step: Hook | Sequence[Hook] = (),
+    grad: bool = False,
+) -> Tensor:
+    """x at ts[-1]; steps[i] are the rows from ts[i] to ts[i + 1].  z is not drawn where c = 0."""
+    check(sde, x, ts)
+    keep = [max(len(row.b) for row in step) for step in steps]
+    keep = [max(keep[i:]) for i in range(len(keep))] if len(set(keep)) > 1 else keep
+    memory: list[Tensor] = []
+
+    def step(i: int, x: Tensor) -> Tensor:
+        y = x
+        for t, q, a, b, c, move in steps[i]:
+            s = checked(score(y, t), y)
+            memory.insert(0, s if q is None else torch.add(y, s, alpha=q))
+            del memory[keep[i] :]
+            y = x.mul(a)
+            for w, m in zip(b, memory, strict=False):
+                if w:
+                    y.add_(m, alpha=w)
+            if c:
+                y.add_(noise(x), alpha=c)
+            if move:
+                x = y
+        return y
+
+    return integrate(step, sde, x, ts, on_step=on_step, grad=grad)

@@ -71,7 +71,7 @@ def starter(order: int) -> tuple[Stage, ...]:
 
 def runge_kutta(sde: SDE, ts: Tensor, form: Form, stages: Sequence[Stage]) -> list[list[Row]]:
     """Every step by the same stages; a step to r = 0, where the score cannot be asked, by Euler."""
-    plan: list[int | Sequence[Stage]] = [stages] * (len(ts) - 1)
+    plan: list[int | tuple[Stage, ...]] = [tuple(stages)] * (len(ts) - 1)
     if not bool(sde.sigma(ts[-1]) > 0):
         plan[-1] = EULER
     return _rows(sde, ts, form, plan)
@@ -95,7 +95,7 @@ def adams(
     correct:  0 no corrector; k: it uses the new value and k old ones
     tau:      noise level of the SDE at r, constant on each step; None: the flow
     start:    "order" or "rise"; with noise always "rise"
-    order_at: (i, N) -> at most this order in step i, for habits like "lower at the end"
+    order_at: (i, N) -> at most this order in step i, of the corrector too, for habits like "lower at the end"
     rule:     the weights of a multistep step; `weights` is exact
     """
     if order < 1 or correct < 0:
@@ -105,55 +105,64 @@ def adams(
     N = len(ts) - 1
     whole = min(order, correct) + 1 if correct else order
     slow = max(0, whole - (3 if correct else 2)) if start == "order" and tau is None else 0
-    plan: list[int | Sequence[Stage]] = [
+    plan: list[int | tuple[Stage, ...]] = [
         starter(whole - 1)
         if i < slow and bool(sde.sigma(ts[i + 1]) > 0)
         else min(order, i + 1, order_at(i, N) if order_at else order)
         for i in range(N)
     ]
-    return _rows(sde, ts, form, plan, correct, tau, rule)
-
-
-Update = tuple[int, float, dict[int, float], float]  # (point asked, a, weight of each point's V, c)
+    old = [min(correct, i + 1, order_at(i, N) if order_at else correct) for i in range(N)] if correct else []
+    return _rows(sde, ts, form, plan, old, tau, rule)
 
 
 def _rows(
     sde: SDE,
     ts: Tensor,
     form: Form,
-    plan: Sequence[int | Sequence[Stage]],
-    correct: int = 0,
+    plan: Sequence[int | tuple[Stage, ...]],
+    correct: Sequence[int] = (),
     tau: Tau | None = None,
     rule: Rule = weights,
 ) -> list[list[Row]]:
-    """plan[i]: the stages of step i, or how many values its multistep predictor uses."""
+    """plan[i]: the stages of step i, or how many values its predictor uses;  correct[i]: old ones of its corrector."""
     at, stage_of = _points(sde, ts, form, plan)
-    taus = torch.zeros(()) if tau is None else torch.as_tensor(tau(at.r[: len(plan)]))
-    multi = _multistep(at, plan, correct, taus.double().expand(len(plan)), rule)
     q, V = scale(at)
-    seen: list[int] = []  # points asked, newest first
+    times = at.t.unbind()
+    taus = torch.zeros(()) if tau is None else torch.as_tensor(tau(at.r[: len(plan)]))
+    multi = _multistep(at, V, plan, correct, taus.double().expand(len(plan)), rule)
+    single: dict[int, list[Row]] = {}
+    for stages in {how for how in plan if not isinstance(how, int)}:
+        single |= _stages(at, V, stages, [i for i, how in enumerate(plan) if how == stages], stage_of)
     out: list[list[Row]] = []
+    seen: list[int] = []  # the points asked so far, where stages came between them
     for i, how in enumerate(plan):
-        updates = [multi[i]] if isinstance(how, int) else _stages(at, how, [i, *stage_of[i]], i + 1)
-        step = []
-        for asked, a, weight, c in updates:
-            seen.insert(0, asked)
-            b = [weight[p] * float(V[p]) if p in weight and seen.index(p) == k else 0.0 for k, p in enumerate(seen)]
-            while b and b[-1] == 0:
-                b.pop()
-            step.append(Row(at.t[asked], q[asked], a, tuple(b), c))
-            del seen[16:]
-        out.append(step)
+        if not isinstance(how, int):
+            out.append(single[i])
+            seen = [*stage_of[i][::-1], i, *seen][:16]
+            continue
+        a, b, c = multi[i]
+        b = b[: i + 1]
+        if seen:
+            seen = [i, *seen][:16]
+            place = {p: k for k, p in reversed(list(enumerate(seen)))}  # the newest value of a point
+            spread = [0.0] * len(seen)
+            for j, w in enumerate(b):
+                if w:
+                    spread[place[i - j]] = w
+            b = spread
+        while len(b) > 1 and b[-1] == 0:
+            b.pop()
+        out.append([Row(times[i], q[i], a, tuple(b), c)])
     return out
 
 
-def _points(sde: SDE, ts: Tensor, form: Form, plan: Sequence[int | Sequence[Stage]]) -> tuple[Nodes, list[list[int]]]:
+def _points(sde: SDE, ts: Tensor, form: Form, plan: Sequence[int | tuple[Stage, ...]]) -> tuple[Nodes, list[list[int]]]:
     """The grid and the stages between its points; the index of each step's stages."""
     u = -sde.lam(ts)
     inner: list[Tensor] = []
     stage_of: list[list[int]] = []
     for i, how in enumerate(plan):
-        mine = []
+        mine: list[int] = []
         for c, _ in () if isinstance(how, int) else how[:-1]:
             mine.append(i + 1 if c == 1 else len(ts) + len(inner))
             if c != 1:
@@ -162,42 +171,44 @@ def _points(sde: SDE, ts: Tensor, form: Form, plan: Sequence[int | Sequence[Stag
     return nodes(form, sde, torch.cat([ts, sde.time(-torch.stack(inner))]) if inner else ts), stage_of
 
 
-def _stages(at: Nodes, how: Sequence[Stage], points: list[int], end: int) -> list[Update]:
-    updates: list[Update] = []
+def _stages(
+    at: Nodes, V: Tensor, how: Sequence[Stage], steps: list[int], stage_of: list[list[int]]
+) -> dict[int, list[Row]]:
+    """The rows of all steps made by the same stages."""
+    points = torch.tensor([[i, *stage_of[i], i + 1] for i in steps])  # (n, stages + 1)
+    q, _ = scale(at)
+    out: dict[int, list[Row]] = {i: [] for i in steps}
     for k, (_, used) in enumerate(how):
-        known = [points[j] for j in used]
-        target = points[k + 1] if k + 1 < len(points) else end
-        a, b, _c = weights(at, torch.tensor([points[0]]), torch.tensor([target]), torch.tensor([known]))
-        updates.append((points[k], float(a), dict(zip(known, b[0].tolist(), strict=True)), 0.0))
-    return updates
+        known = points[:, list(used)]
+        a, b, _c = weights(at, points[:, 0], points[:, k + 1], known)
+        w = torch.zeros(len(steps), k + 1, dtype=torch.float64)  # oldest first
+        w[:, list(used)] = b * V[known]
+        for i, p, a_, b_ in zip(steps, points[:, k].tolist(), a.tolist(), w.flip(1).tolist(), strict=True):
+            out[i].append(Row(at.t[p], q[p], a_, tuple(b_)))
+    return out
 
 
 def _multistep(
-    at: Nodes, plan: Sequence[int | Sequence[Stage]], correct: int, taus: Tensor, rule: Rule
-) -> dict[int, Update]:
-    """Predictor of each multistep step, on top of the corrector of the step before."""
-
-    def table(steps: list[int], first: int, sizes: list[int]) -> dict[int, tuple[float, dict[int, float], float]]:
-        """Steps i -> i + 1 through sizes values from i + first downwards."""
-        made = {}
-        for K in set(sizes):
-            i = torch.tensor([s for s, k in zip(steps, sizes, strict=True) if k == K])
-            known = i[:, None] + first - torch.arange(K)
-            a, b, c = (v.tolist() for v in rule(at, i, i + 1, known, taus[i]))
-            for row, s in enumerate(i.tolist()):
-                made[s] = (a[row], dict(zip(known[row].tolist(), b[row], strict=True)), c[row])
-        return made
-
-    steps = [i for i, how in enumerate(plan) if isinstance(how, int)]
-    predicted = table(steps, 0, [plan[i] for i in steps])  # type: ignore[misc]
-    after = [i for i in steps if i + 1 in predicted] if correct else []
-    corrected = table(after, 1, [min(correct, i + 1) + 1 for i in after])
-    out: dict[int, Update] = {}
-    for i, (a, b, c) in predicted.items():
-        b = dict(b)
-        if i - 1 in corrected:
-            for sign, part in ((a, corrected[i - 1][1]), (-a, predicted[i - 1][1])):
-                for p, w in part.items():
-                    b[p] = b.get(p, 0.0) + sign * w
-        out[i] = (i, a, b, c)
-    return out
+    at: Nodes, V: Tensor, plan: Sequence[int | tuple[Stage, ...]], correct: Sequence[int], taus: Tensor, rule: Rule
+) -> list[tuple[float, list[float], float]]:
+    """(a, b, c) of every multistep step: its predictor on top of the corrector of the step before; b newest first."""
+    N = len(plan)
+    sizes = torch.tensor([how if isinstance(how, int) else 0 for how in plan])
+    a, c = torch.zeros(N, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
+    b = torch.zeros(N, max(int(sizes.max()), *correct, 0) + 1, dtype=torch.float64)
+    for K in set(sizes.tolist()) - {0}:
+        i = (sizes == K).nonzero()[:, 0]
+        known = i[:, None] - torch.arange(K)
+        a[i], w, c[i] = rule(at, i, i + 1, known, taus[i])
+        b[i, :K] = w * V[known]
+    if correct:
+        predicted = b.clone()
+        both = (sizes[:-1] > 0) & (sizes[1:] > 0)  # steps i whose corrector, in step i + 1, is used
+        old = torch.tensor(correct[:-1])
+        for K in set(old[both].tolist()):
+            i = (both & (old == K)).nonzero()[:, 0]
+            known = i[:, None] + 1 - torch.arange(K + 1)
+            _, w, _ = rule(at, i, i + 1, known, taus[i])
+            b[i + 1, : K + 1] += a[i + 1, None] * (w * V[known])
+            b[i + 1, 1:] -= a[i + 1, None] * predicted[i, :-1]
+    return list(zip(a.tolist(), b.tolist(), c.tolist(), strict=True))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from samplers.adams import Tau, adams, constant
 from samplers.exponential import Form, bounded
-from samplers.rows import run_rows
+from samplers.rows import Rows, run_rows
 from scoresde.types import SDE, Score
 
 
@@ -49,7 +49,10 @@ def angle(
     Other arguments as `euler_maruyama`.  Order 3, N network calls.
     """
     noisy = callable(tau) or tau != 0
-    if order is None:
-        order = order_for(len(ts) - 1, noisy)
-    rows = adams(sde, ts, angle_form(d), order, correct=order, start=start, tau=constant(tau) if noisy else None)
-    return run_rows(score, sde, x, ts, rows, **run)
+    noise_level = constant(tau) if noisy else None
+
+    def table(sde: SDE, ts: Tensor) -> Rows:
+        p = order_for(len(ts) - 1, noisy) if order is None else order
+        return adams(sde, ts, angle_form(d), p, correct=p, start=start, tau=noise_level)
+
+    return run_rows(score, sde, x, ts, table, **run)

@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from samplers import grids
-from samplers.adams import adams
 from samplers.angle import angle, angle_form
 from samplers.exponential import Nodes, nodes, scale
 from samplers.rows import Row, run_rows
@@ -116,7 +115,7 @@ def calibrated(
         sizes.append(torch.linalg.vector_norm(V, dim=1).detach() * (float(factor[i]) / math.sqrt(V.shape[1])))
         return s
 
-    x1 = run_rows(watched, sde, x, ts, _rows(at, solver), on_step=on_step, grad=grad, **run)
+    x1 = run_rows(watched, sde, x, ts, lambda *_: _rows(at, solver), on_step=on_step, grad=grad, **run)
     seen = torch.stack(sizes).to("cpu", torch.float64)  # (N, B)
     outside = (seen < torch.tensor(solver.low)[:, None]) | (seen > torch.tensor(solver.high)[:, None])
     share = outside.any(0).double().mean()
@@ -218,9 +217,8 @@ class _Path:
     def __init__(self, score: Score, sde: SDE, x: Tensor, d: float, t_end: float | None, n: int) -> None:
         ts = grids.data_scale(sde, n, d=d, t_end=t_end)
         self.d, states = d, [x]
-        rows = adams(sde, ts, angle_form(d), 4, correct=4, start="rise")
         self.start = x
-        self.end = run_rows(score, sde, x, ts, rows, on_step=lambda i, t, x: states.append(x))
+        self.end = angle(score, sde, x, ts, d=d, order=4, on_step=lambda i, t, x: states.append(x))
         at = nodes(angle_form(d), sde, ts)
         self.angle = torch.atan(at.r / d)
         self.z = torch.stack([y / float(rho) for y, rho in zip(states, at.rho, strict=True)])

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from scoresde.types import SDE
 
+GAUSS_LEGENDRE = tuple(torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(16))
 Variable = Callable[[SDE, Tensor], Tensor]  # (sde, r) -> u, monotone in r
 
 
@@ -107,7 +108,7 @@ def weights(
     r, r1 = at.r[start], at.r[end]
     rho, rho1 = at.rho[start], at.rho[end]
     w, w1 = at.span(r), at.span(r1)
-    power = tau**2
+    power, noisy = tau**2, bool((tau != 0).any())
     if math.isinf(at.form.d):
         E, c = torch.ones_like(r), rho1 * tau * torch.sqrt((r - r1) * (r + r1))
     else:
@@ -116,7 +117,7 @@ def weights(
 
     def density(r: Tensor) -> Tensor:
         w = at.span(r)
-        return r / w**2 * (w1[:, None] / w) ** power[:, None]
+        return r / w**2 * ((w1[:, None] / w) ** power[:, None] if noisy else 1.0)
 
     W = integrals(at, r, r1, known, density)
     b = (rho1 * (1 + power))[:, None] * W
@@ -141,7 +142,7 @@ def integrals(at: Nodes, r: Tensor, r1: Tensor, known: Tensor, density: Callable
     bottom = torch.where(r1 > 0, r1, r * math.exp(-40.0))
     length = torch.log(r / bottom)[:, None]
     panels = max(1, math.ceil(float(length.max()) / 2))
-    x, gl = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(16))
+    x, gl = GAUSS_LEGENDRE
     part = ((torch.arange(panels, dtype=torch.float64)[:, None] + (x + 1) / 2) / panels).flatten()
     rg = r[:, None] * torch.exp(-length * part)  # (n, G)
     measure = length * (gl / 2 / panels).repeat(panels) * density(rg)

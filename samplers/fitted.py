@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from samplers import grids
-from samplers.adams import adams
-from samplers.angle import angle_form
+from samplers.angle import angle, angle_form
 from samplers.exponential import nodes, scale
-from samplers.rows import run_rows
 from scoresde.files import whole
 from scoresde.types import SDE, Score
 
@@ -90,7 +88,7 @@ def fit_grid(
         seen.append((torch.add(y, s, alpha=q[k] or 0.0) * float(size[k])).flatten(1).detach().to("cpu", torch.float64))
         return s
 
-    run_rows(watched, sde, x, ts, adams(sde, ts, form, 4, correct=4, start="rise"))
+    angle(watched, sde, x, ts, d=d, order=4)
     V, log_r, u = torch.stack(seen), torch.log(at.r), form.u(sde, at.r)
     return FittedGrid(log_r, torch.stack([_density(V, log_r, u[:n], d, p) for p in ORDERS]), d, repr(sde))
 

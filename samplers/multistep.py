@@ -1,6 +1,7 @@
 """Multistep samplers of the probability flow: one network call a step."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ def multistep(
     Other arguments as `euler_maruyama`.  Order 3 as called here (order p if asked), N + 1 network calls
     (start="rise": N calls, order 2 in the limit).
     """
-    rows = adams(sde, ts, form_of("x0") if form is None else form, order, correct=correct, start=start)
-    return run_rows(score, sde, x, ts, rows, **run)
+    form = form_of("x0") if form is None else form
+    return run_rows(score, sde, x, ts, partial(adams, form=form, order=order, correct=correct, start=start), **run)
 
 
 def dpmpp(
@@ -66,7 +67,8 @@ def dpmpp(
     if order not in (1, 2, 3):
         raise ValueError(f"DPM-Solver++ has orders 1, 2, 3, got {order}; `multistep` has any")
     rule, start = (pub.dpmpp, "rise") if published else (weights, "order")
-    return run_rows(score, sde, x, ts, adams(sde, ts, form_of(predict), order, start=start, rule=rule), **run)
+    table = partial(adams, form=form_of(predict), order=order, start=start, rule=rule)
+    return run_rows(score, sde, x, ts, table, **run)
 
 
 def deis(
@@ -88,8 +90,8 @@ def deis(
     variables = {"t": time, "r": level, "lam": log_snr}
     if variable not in variables:
         raise ValueError(f"variable must be one of {', '.join(variables)}, got {variable!r}")
-    rows = adams(sde, ts, Form(math.inf, variables[variable]), order, start=start)
-    return run_rows(score, sde, x, ts, rows, **run)
+    table = partial(adams, form=Form(math.inf, variables[variable]), order=order, start=start)
+    return run_rows(score, sde, x, ts, table, **run)
 
 
 def unipc(
@@ -110,14 +112,10 @@ def unipc(
     Other arguments as `euler_maruyama`.  Order 4 as called here (order p + 1 if p is asked),
     N + 2 network calls (order 2: N).
     """
+    table = partial(adams, form=form_of(predict), order=order, correct=order)
     if published:
-        rows = adams(
-            sde, ts, form_of(predict), order, correct=order, start="rise", rule=pub.unipc,
-            order_at=lambda i, N: N - i,
-        )  # fmt: skip
-    else:
-        rows = adams(sde, ts, form_of(predict), order, correct=order)
-    return run_rows(score, sde, x, ts, rows, **run)
+        table = partial(table, start="rise", rule=pub.unipc, order_at=lambda i, N: N - i)
+    return run_rows(score, sde, x, ts, table, **run)
 
 
 def pndm(score: Score, sde: SDE, x: Tensor, ts: Tensor, *, order: int = 4, start: str = "rise", **run: Any) -> Tensor:
@@ -134,17 +132,16 @@ def pndm(score: Score, sde: SDE, x: Tensor, ts: Tensor, *, order: int = 4, start
         raise ValueError(f"order must be 1 to 4, got {order}")
     if start not in ("rise", "runge-kutta"):
         raise ValueError(f"start must be 'rise' or 'runge-kutta', got {start!r}")
-    form = Form(math.inf, level)
-    rows = adams(sde, ts, form, order, start="rise", rule=pub.adams_bashforth)
-    if start == "runge-kutta":
-        for i in range(min(order - 1, len(ts) - 1)):
-            rows[i] = _runge_kutta4(sde, ts[i], ts[i + 1])
-            # the later rows find three more values of each such step in the memory
-        rows = [
-            *rows[: order - 1],
-            *(_spread(row, i, order - 1) for i, (row,) in enumerate(rows[order - 1 :], order - 1)),
-        ]
-    return run_rows(score, sde, x, ts, rows, **run)
+    return run_rows(score, sde, x, ts, partial(_pndm, order=order, start=start), **run)
+
+
+def _pndm(sde: SDE, ts: Tensor, order: int, start: str) -> list[list[Row]]:
+    rows = adams(sde, ts, Form(math.inf, level), order, start="rise", rule=pub.adams_bashforth)
+    if start == "rise":
+        return rows
+    first = min(order - 1, len(ts) - 1)
+    begin = [_runge_kutta4(sde, ts[i], ts[i + 1]) for i in range(first)]
+    return begin + [_spread(row, i, first) for i, (row,) in enumerate(rows[first:], first)]
 
 
 def _runge_kutta4(sde: SDE, t: Tensor, t1: Tensor) -> list[Row]:

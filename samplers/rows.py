@@ -10,7 +10,7 @@ Runge-Kutta methods one for each stage, and a predictor whose corrector is free 
 serves both) is a multistep method again, with other b.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,19 +31,23 @@ class Row(NamedTuple):
     move: bool = False  # whether the rows that follow in this step start from here
 
 
+Rows = Sequence[Sequence[Row]]  # [i]: from ts[i] to ts[i + 1]
+
+
 def run_rows(
     score: Score,
     sde: SDE,
     x: Tensor,
     ts: Tensor,
-    steps: Sequence[Sequence[Row]],
+    table: Callable[[SDE, Tensor], Rows],
     *,
     noise: Noise = torch.randn_like,
     on_step: Hook | Sequence[Hook] = (),
     grad: bool = False,
 ) -> Tensor:
-    """x at ts[-1]; steps[i] are the rows from ts[i] to ts[i + 1].  z is not drawn where c = 0."""
+    """x at ts[-1] by the rows table(sde, ts).  z is not drawn where c = 0."""
     check(sde, x, ts)
+    steps = table(sde, ts)
     keep = [max(len(row.b) for row in step) for step in steps]
     keep = [max(keep[i:]) for i in range(len(keep))] if len(set(keep)) > 1 else keep
     memory: list[Tensor] = []

@@ -1,6 +1,7 @@
 """Runge-Kutta samplers of the probability flow in exponential form: several network calls a step, no memory."""
 
 import math
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -59,4 +60,4 @@ def dpm_solver(
 
 
 def _run(score: Score, sde: SDE, x: Tensor, ts: Tensor, form: Form, stages: tuple[Stage, ...], run: Any) -> Tensor:
-    return run_rows(score, sde, x, ts, runge_kutta(sde, ts, form, stages), **run)
+    return run_rows(score, sde, x, ts, partial(runge_kutta, form=form, stages=stages), **run)

@@ -1,5 +1,6 @@
 """Exponential samplers of the reverse SDE dx = [f x - (1 + tau^2)/2 g^2 s] dt + tau g dw, any tau >= 0."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def exponential_euler(score: Score, sde: SDE, x: Tensor, ts: Tensor, *, tau: flo
     0; k-diffusion's eta is tau^2   (Lu 2022b, eq. 18; Xue 2023).
     Other arguments as `euler_maruyama`.  Weak order 1, N network calls.
     """
-    return run_rows(score, sde, x, ts, adams(sde, ts, form_of("x0"), 1, tau=constant(tau)), **run)
+    return run_rows(score, sde, x, ts, partial(adams, form=form_of("x0"), order=1, tau=constant(tau)), **run)
 
 
 def sde_dpmpp(
@@ -45,7 +46,8 @@ def sde_dpmpp(
     if order not in (1, 2, 3):
         raise ValueError(f"order must be 1, 2 or 3, got {order}")
     rule = pub.dpmpp if published else weights
-    return run_rows(score, sde, x, ts, adams(sde, ts, form_of("x0"), order, tau=constant(tau), rule=rule), **run)
+    table = partial(adams, form=form_of("x0"), order=order, tau=constant(tau), rule=rule)
+    return run_rows(score, sde, x, ts, table, **run)
 
 
 def sa_solver(
@@ -63,14 +65,15 @@ def sa_solver(
 ) -> Tensor:
     """SA-Solver: stochastic Adams predictor and corrector, tau(sigma/alpha) as you like   (Xue 2023, algorithm 1).
 
-    order:   values of the predictor;  correct: old values of the corrector, which sees the same noise (0: none)
+    order:   values of the predictor;  correct: old values of the corrector, which sees the same noise (0: none;
+             programs that count the new value, too, call this correct + 1)
     tau:     a number or a function of sigma/alpha, constant on each step
     published: the authors' program's correction for two values
     Other arguments as `euler_maruyama`.  Weak order 2, N network calls.
     """
     rule = pub.sa_solver if published else weights
-    rows = adams(sde, ts, form_of(predict), order, correct=correct, tau=constant(tau), rule=rule)
-    return run_rows(score, sde, x, ts, rows, **run)
+    table = partial(adams, form=form_of(predict), order=order, correct=correct, tau=constant(tau), rule=rule)
+    return run_rows(score, sde, x, ts, table, **run)
 
 
 def seeds(score: Score, sde: SDE, x: Tensor, ts: Tensor, *, order: int = 2, predict: str = "eps", **run: Any) -> Tensor:
@@ -86,17 +89,16 @@ def seeds(score: Score, sde: SDE, x: Tensor, ts: Tensor, *, order: int = 2, pred
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order}")
     form = form_of(predict)
-    one = constant(1.0)
     if order == 1:
-        return run_rows(score, sde, x, ts, adams(sde, ts, form, 1, tau=one), **run)
-    return run_rows(score, sde, x, ts, _seeds2(sde, ts, form), **run)
+        return run_rows(score, sde, x, ts, partial(adams, form=form, order=1, tau=constant(1.0)), **run)
+    return run_rows(score, sde, x, ts, partial(_seeds2, form=form), **run)
 
 
 def _seeds2(sde: SDE, ts: Tensor, form: Form) -> list[list[Row]]:
     N, lam = len(ts) - 1, sde.lam(ts)
     zero = bool(sde.sigma(ts[-1]) == 0)
     middle = (
-        sde.time((lam[:-1] + lam[1:]) / 2) if not zero else torch.cat([sde.time((lam[:-2] + lam[1:-1]) / 2), ts[-1:]])
+        sde.time((lam[:-1] + lam[1:]) / 2) if not zero else torch.cat([sde.time((lam[:-2] + lam[1:-1]) / 2), ts[-2:-1]])
     )
     at = nodes(form, sde, torch.cat([ts, middle]))
     q, V = scale(at)
@@ -133,7 +135,8 @@ def er_sde(score: Score, sde: SDE, x: Tensor, ts: Tensor, *, order: int = 2, **r
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order must be 1, 2 or 3, got {order}")
-    return run_rows(score, sde, x, ts, adams(sde, ts, form_of("x0"), order, start="rise", rule=_extended), **run)
+    table = partial(adams, form=form_of("x0"), order=order, start="rise", rule=_extended)
+    return run_rows(score, sde, x, ts, table, **run)
 
 
 def _extended(at: Nodes, start: Tensor, end: Tensor, known: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:

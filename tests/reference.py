@@ -5,7 +5,7 @@ expected).  A few travel with the repository in `tests/data`; the rest lie besid
 `../shared/reference/cases`, and a test whose case is in neither place is skipped.
 `Case.check` is the cases' own rule, |x - ref| <= atol + rtol max|ref|.
 
-Every case of the groups below is named by a test or by this table (`test_reference_sde.py` checks it).
+Every case is named by a test or by this table (`test_reference_sde.py` checks it).
 
     case                                reason it is left out
     diffusers/golden_ddim               clips x0 and keeps the old eps: no score does that; so the three below
@@ -13,53 +13,16 @@ Every case of the groups below is named by a test or by this table (`test_refere
     diffusers/golden_ddim_v
     diffusers/golden_ddim_inverse       also runs upwards in noise
     diffusers/mix_ddim_inverse_10       runs upwards in noise, model told the end of the step; samplers only go down
-    diffusers/golden_dpmm               exponential integrator: not in the library yet; so down to mix_unipc3_10
-    diffusers/golden_dpmm_karras_v
-    diffusers/golden_dpmm_thresholding
-    diffusers/golden_dpms
-    diffusers/golden_dpms_karras
-    diffusers/golden_edm_dpmpp
-    diffusers/golden_deis
-    diffusers/golden_sa
-    diffusers/golden_unipc
-    diffusers/golden_unipc_v
-    diffusers/mix_deis3_12
-    diffusers/mix_dpmm2_10
-    diffusers/mix_dpmm2_sde_10
-    diffusers/mix_dpmm3_12
-    diffusers/mix_dpms2_10
-    diffusers/mix_dpms3_9
-    diffusers/mix_edm_dpmpp2_12
-    diffusers/mix_sa_12
-    diffusers/mix_unipc3_10
-    diffusers/golden_kdpm2              Euler's midpoint in sigma (DPM-2): not in the library yet
-    diffusers/mix_kdpm2_10
-    diffusers/golden_lms                linear multistep: not in the library yet; so down to mix_pndm_skip_10
-    diffusers/mix_lms_12
-    diffusers/golden_pndm
-    diffusers/golden_pndm_alpha_one
-    diffusers/mix_pndm_skip_10
-    kdiff/dpm_2                         midpoint: not in the library yet
-    kdiff/dpm_adaptive3                 exponential integrator: not in the library yet; so down to dpmpp_sde
-    kdiff/dpm_fast_12
-    kdiff/dpmpp_2m
-    kdiff/dpmpp_2m_sde
-    kdiff/dpmpp_2s_eta0
-    kdiff/dpmpp_3m_sde
-    kdiff/dpmpp_sde
-    kdiff/lms4                          linear multistep: not in the library yet
     kdiff/fid_kid                       distances of distributions: not in the library yet
     gd/bound                            variational bound of a discrete chain: not in the library
     gd/discretized_loglik               part of the same bound
     gd/ddim_reverse_25                  runs upwards in noise
-    gd/respacing                        strings like "ddim25": here a grid of labels is given
 
 Left out within a case:
     gd/one_step              learned variances; the large variance of i = 0, borrowed from i = 1; conditioned_mean
     gd/training_losses       terms with a variational bound; PREVIOUS_X
-    kdiff/sigma_schedules    polyexponential
     kdiff/discrete_wrapper   values between labels: they interpolate log sigma, we log alpha_bar
-    kdiff/clip_guided        x_final: DPM-Solver++(2S) is not in the library yet
+    diffusers/mix_pndm_skip_10   the state inside the first step; a last call whose step goes nowhere
     ssde/likelihood_subvp    with its Gaussian probe; ours are signs
     ssde/ode_*, likelihood_* the default runs, which carry RK45's error of 1e-4
     tde/flow_*               unpinned_*: our flow always lands on the end
@@ -79,7 +42,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scoresde import SDE, VE, VP, Mixture, Noise, Score, SubVP, mixture
+from scoresde import SDE, VE, VP, Mixture, Noise, Score, SubVP, convert, mixture
 from scoresde.types import like
 
 HERE = Path(__file__).resolve().parent
@@ -200,6 +163,44 @@ class Levels:
     @property
     def T(self) -> float:
         return float(len(self.a) - 1)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A variance-preserving path whose time is r = sigma/alpha: alpha = 1/sqrt(1 + t^2), sigma = alpha t."""
+
+    T: float = 1e6
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (1 + t**2).rsqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.alpha(t) * t
+
+    def lam(self, t: Tensor) -> Tensor:
+        return -torch.log(t)
+
+    def time(self, lam: Tensor) -> Tensor:
+        return torch.exp(-lam)
+
+
+def told(case: Case, sde: Any, kind: str = "eps", clip: float | None = None) -> Score:
+    """diffusers' own test network, prediction = x c/(c + 1) with c the label it records for each call.
+
+    clip: x0 is cut to +-clip and divided by it.  (Their dynamic threshold is at least 1 and then at most this, so never
+    dynamic.)
+    """
+    labels = iter(case["in_eval_t"])
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        label = next(labels)
+        out = x * label / (label + 1)
+        if clip is None:
+            return convert(out, x, t, sde, kind, "score")
+        x0 = convert(out, x, t, sde, kind, "x0").clamp(-clip, clip) / clip
+        return convert(x0, x, t, sde, "x0", "score")
+
+    return score
 
 
 def moments(run: Callable[[Tensor, Noise], Tensor], D: int, std: float, draws: int) -> tuple[Tensor, Tensor, Tensor]:

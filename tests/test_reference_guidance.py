@@ -186,10 +186,7 @@ def test_guided_diffusion_one_step():
 
 
 def test_clip_guided():
-    """k-diffusion's CLIP guidance is `energy` with the spherical distance of embeddings, here tanh(W x0).
-
-    Its sampler run (DPM-Solver++(2S)) is not in the library.
-    """
+    """k-diffusion's CLIP guidance is `energy` with the spherical distance of embeddings, here tanh(W x0)."""
     case = load("kdiff/clip_guided")
     W, goal, x, sigma, edm = case["in_embed_matrix"], case["in_target"], case["in_x"], case["in_sigma"], EDM()
 

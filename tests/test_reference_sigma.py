@@ -14,7 +14,7 @@ import torchdiffeq
 from reference import F64, load, recorded, seen
 
 from samplers import ancestral, ddim, flow_euler, grids, heun, hooks
-from scoresde import EDM, VP, DiscreteVP, Model, change_sde, velocity
+from scoresde import EDM, VP, DiscreteVP, Model, change_sde, linear_betas, velocity
 
 
 def churned(nodes, z, churn, low=0.0, high=math.inf):
@@ -252,3 +252,15 @@ def test_diffusers_published(name, sampler):
     hook = lambda i, r, x: scaled(x, r)  # noqa: E731
     x = sampler(score, edm, scaled(x, nodes[0]), nodes, noise=recorded(case.arrays.get("in_noise", ())), on_step=hook)
     case.check(x, "out_x_final")
+
+
+def test_respacing():
+    """iDDPM's lists: "c1,c2,..." are `sections`, "ddimK" is `leading`."""
+    case = load("gd/respacing")
+    for i, (N, text) in enumerate(case.params["lists"]):
+        table = DiscreteVP.from_betas(linear_betas(N))
+        if text.startswith("ddim"):
+            ts = grids.leading(table, int(text.removeprefix("ddim")), to_zero=True)
+        else:
+            ts = grids.sections(table, [int(c) for c in text.split(",")], to_zero=True)
+        case.check((ts[:-1] * N - 1).flip(0), f"out_steps_{i}")

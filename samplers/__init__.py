@@ -5,8 +5,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from samplers import exponential, grids, hooks, kernels
+from samplers.adaptive_sde import gotta_go_fast
 from samplers.angle import angle
 from samplers.auto import auto, choose
+from samplers.brownian import brownian
 from samplers.calibrated import Calibration, calibrate, calibrated, load_calibration
 from samplers.fitted import FittedGrid, fit_grid, load_grid
 from samplers.grids import perturb
@@ -15,6 +17,7 @@ from samplers.langevin import annealed, langevin, predictor_corrector
 from samplers.multistep import deis, dpmpp, multistep, pndm, unipc
 from samplers.ode import ode
 from samplers.onestep import ancestral, ddim, euler_maruyama, flow_euler, reverse_diffusion
+from samplers.restart import restart
 from samplers.singlestep import dpm_solver, midpoint, ralston, singlestep
 from samplers.stochastic import er_sde, exponential_euler, sa_solver, sde_dpmpp, seeds
 
@@ -40,15 +43,17 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "sa_solver": sa_solver,
     "seeds": seeds,
     "er_sde": er_sde,
+    "restart": restart,
     "predictor_corrector": predictor_corrector,
+    "gotta_go_fast": gotta_go_fast,
     "ode": ode,
 }
 """Every public sampler by name; the contract test runs over this table."""
 
 __all__ = [
-    "SAMPLERS", "Calibration", "FittedGrid", "ancestral", "angle", "annealed", "auto", "calibrate", "calibrated",
-    "choose", "ddim", "deis", "dpm_solver", "dpmpp", "er_sde", "euler_maruyama", "exponential", "exponential_euler",
-    "fit_grid", "flow_euler", "grids", "heun", "hooks", "kernels", "langevin", "load_calibration", "load_grid",
-    "midpoint", "multistep", "ode", "perturb", "pndm", "predictor_corrector", "ralston", "reverse_diffusion",
-    "sa_solver", "sde_dpmpp", "seeds", "singlestep", "unipc",
+    "SAMPLERS", "Calibration", "FittedGrid", "ancestral", "angle", "annealed", "auto", "brownian", "calibrate",
+    "calibrated", "choose", "ddim", "deis", "dpm_solver", "dpmpp", "er_sde", "euler_maruyama", "exponential",
+    "exponential_euler", "fit_grid", "flow_euler", "gotta_go_fast", "grids", "heun", "hooks", "kernels", "langevin",
+    "load_calibration", "load_grid", "midpoint", "multistep", "ode", "perturb", "pndm", "predictor_corrector",
+    "ralston", "restart", "reverse_diffusion", "sa_solver", "sde_dpmpp", "seeds", "singlestep", "unipc",
 ]  # fmt: skip

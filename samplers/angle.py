@@ -19,7 +19,7 @@ def angle_form(d: float) -> Form:
 
 def order_for(n: int, noisy: bool = False) -> int:
     """The values worth using in n steps, by trial on nine mixtures: more are unstable where steps are long."""
-    return 2 if n <= 10 or noisy else 3 if n <= 24 else 4
+    return 2 if n <= 10 or noisy else 3 if n <= 17 else 4
 
 
 def angle(
@@ -42,7 +42,7 @@ def angle(
 
     d:     the data's standard deviation: N(0, d^2) data are exact in one step, and v is smooth at both ends
            of the noise range.  A wrong d costs accuracy, not convergence
-    order: 1 ..; None: what the number of steps can carry, 2 up to 10 steps, 3 up to 24, 4 above
+    order: 1 ..; None: what the number of steps can carry, 2 up to 10 steps, 3 up to 17, 4 above
     start: "rise" (order 3 at most, no further calls) or "order" (Runge-Kutta first, order + 1)
     tau:   noise, a number or a function of r: weak order 2 then, N(0, d^2) data stay exact
     Grid: `grids.data_scale(sde, n, d=d)`, or one fitted to the model (`samplers.fitted`).

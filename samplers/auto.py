@@ -26,7 +26,8 @@ def choose(
 
     1. `fitted` is a calibrated solver of n steps and no noise is asked: `calibrated` on its grid.
     2. Else `angle`, one call a step, of the order n steps can carry (`angle.order_for`: 2, from 11 steps 3,
-       from 25 steps 4; with noise 2), on the fitted grid if there is one, else on `grids.data_scale`.
+       from 18 steps 4; with noise 2), on the fitted grid if there is one (on what its search found for n, if
+       one was made), else on `grids.data_scale`.
     """
     if n < 1:
         raise ValueError(f"at least one network call is needed, got n = {n}")
@@ -42,7 +43,8 @@ def choose(
     if fitted is not None:
         if t_end is not None:
             raise ValueError("a fitted grid has its own end; leave t_end out, or fit one that ends there")
-        return partial(angle, d=fitted.d, tau=tau), fitted.times(sde, n, order_for(n, noisy))
+        ts, order = fitted.plan(sde, n, order_for(n, noisy=True) if noisy else None)
+        return partial(angle, d=fitted.d, order=order, tau=tau), ts
     return partial(angle, d=d, tau=tau), grids.data_scale(sde, n, d=d, t_end=t_end)
 
 

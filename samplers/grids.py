@@ -93,16 +93,16 @@ def karras(
 def data_scale(
     sde: SDE, n: int, *, d: float = 0.5, t_end: float | None = None, strength: float = 1.0, to_zero: bool = False
 ) -> Tensor:
-    """Uniform in (r/(r + 4 d))^(1/3) for data of standard deviation d: `angle`'s grid where none is fitted.
+    """Uniform in sqrt(r/(r + 2 d)) for data of standard deviation d: `angle`'s grid where none is fitted.
 
-    Karras with rho = 3 below the data's scale, uniform in alpha/sigma above it, where little happens.
+    Uniform in sqrt(r) below the data's scale, uniform in alpha/sigma above it, where little happens.
     """
     if not 0 < d < math.inf:
         raise ValueError(f"d is the data's standard deviation, a positive number; got {d}")
 
     def points(u: Tensor, T: Tensor, e: Tensor) -> Tensor:
-        p, q = (torch.sigmoid(-sde.lam(t) - math.log(4 * d)) ** (1 / 3) for t in (T, e))  # r/(r + 4 d)
-        return sde.time(-math.log(4 * d) - torch.logit((p + u * (q - p)) ** 3))
+        p, q = (torch.sigmoid(-sde.lam(t) - math.log(2 * d)).sqrt() for t in (T, e))  # sqrt(r/(r + 2 d))
+        return sde.time(-math.log(2 * d) - torch.logit((p + u * (q - p)) ** 2))
 
     return _grid(sde, n, t_end, strength, to_zero, points)
 

@@ -4,6 +4,7 @@ Orders and network calls are read from the docstring ("order 2", "2N network cal
 documented is what is tested; a sampler whose docstring has no number states it in a table below.
 """
 
+import math
 import re
 import threading
 
@@ -30,14 +31,17 @@ from truth import (
 from samplers import SAMPLERS
 from scoresde import EDM, VP, Model, Streams, counted
 
-KNOBS = {"ode": {"method": "rk4"}}  # torchdiffeq's adaptive methods share a step between samples
+KNOBS = {
+    "ode": {"method": "rk4"},  # torchdiffeq's adaptive methods share a step between samples
+    "gotta_go_fast": {"rtol": math.inf},  # whole steps
+}
 AFFINE = {
     **KNOBS,
     "predictor_corrector": {"n_correct": 0},  # Langevin's own bias is in test_langevin
     "angle": {"order": 2},  # its order in the limit is that of its start, 3; with more values it is reached late
 }
 ORDER = {"predictor_corrector": 1, "ode": 4}
-CALLS = {"predictor_corrector": lambda N: 2 * N, "ode": None}  # ode leaves its calls to torchdiffeq
+CALLS = {"predictor_corrector": lambda N: 2 * N, "ode": None, "gotta_go_fast": None}  # the last two adapt
 STEPS = {"sa_solver": 1024, "angle": 256, "dpmpp": 512, "pndm": 256}  # where the leading error term leads; else 64
 COARSE = {("flow_euler", "VE"): 5}  # Euler in t from sigma = 50 pays for g^2 = 17 sigma^2
 

@@ -17,6 +17,7 @@ from samplers.langevin import annealed, langevin, predictor_corrector
 from samplers.multistep import deis, dpmpp, multistep, pndm, unipc
 from samplers.ode import ode
 from samplers.onestep import ancestral, ddim, euler_maruyama, flow_euler, reverse_diffusion
+from samplers.preconditioned import preconditioned
 from samplers.restart import restart
 from samplers.singlestep import dpm_solver, midpoint, ralston, singlestep
 from samplers.stochastic import er_sde, exponential_euler, sa_solver, sde_dpmpp, seeds
@@ -54,6 +55,7 @@ __all__ = [
     "SAMPLERS", "Calibration", "FittedGrid", "ancestral", "angle", "annealed", "auto", "brownian", "calibrate",
     "calibrated", "choose", "ddim", "deis", "dpm_solver", "dpmpp", "er_sde", "euler_maruyama", "exponential",
     "exponential_euler", "fit_grid", "flow_euler", "gotta_go_fast", "grids", "heun", "hooks", "kernels", "langevin",
-    "load_calibration", "load_grid", "midpoint", "multistep", "ode", "perturb", "pndm", "predictor_corrector",
-    "ralston", "restart", "reverse_diffusion", "sa_solver", "sde_dpmpp", "seeds", "singlestep", "unipc",
+    "load_calibration", "load_grid", "midpoint", "multistep", "ode", "perturb", "pndm", "preconditioned",
+    "predictor_corrector", "ralston", "restart", "reverse_diffusion", "sa_solver", "sde_dpmpp", "seeds",
+    "singlestep", "unipc",
 ]  # fmt: skip

@@ -135,9 +135,9 @@ def _angle(at: Nodes, r: Tensor) -> Tensor:
 
 
 def integrals(at: Nodes, r: Tensor, r1: Tensor, known: Tensor, density: Callable[[Tensor], Tensor]) -> Tensor:
-    """int_r1^r L_j(u(r')) density(r') dr'/r', (n, K); Gauss-Legendre on panels of log r no longer than 2.
+    """int_r1^r L_j(u(r')) density(r') dr'/r', (..., n, K); Gauss-Legendre on panels of log r no longer than 2.
 
-    density maps (n, G) to (n, G), row by row.  r1 = 0 is read as r e^-40.
+    density maps (n, G) to (..., n, G), row by row.  r1 = 0 is read as r e^-40.
     """
     bottom = torch.where(r1 > 0, r1, r * math.exp(-40.0))
     length = torch.log(r / bottom)[:, None]
@@ -148,11 +148,11 @@ def integrals(at: Nodes, r: Tensor, r1: Tensor, known: Tensor, density: Callable
     measure = length * (gl / 2 / panels).repeat(panels) * density(rg)
     ug, uj = at.form.u(at.sde, rg), at.form.u(at.sde, at.r[known])  # (n, G), (n, K)
     K = known.shape[1]
-    out = torch.empty(len(r), K, dtype=torch.float64)
+    out = []
     for j in range(K):
         basis = measure
         for k in range(K):
             if k != j:
                 basis = basis * (ug - uj[:, k, None]) / (uj[:, j] - uj[:, k])[:, None]
-        out[:, j] = basis.sum(1)
-    return out
+        out.append(basis.sum(-1))
+    return torch.stack(out, -1)

@@ -11,12 +11,13 @@ class Streams:
     """z ~ N(0, I), each sample from its own generator.
 
     A sample's noise is the same to the bit alone, in any batch, in any chunking and on any device:
-    stream i of `seed` belongs to sample i, and its numbers are drawn on the CPU.
+    stream i of `seed` belongs to sample i, and its numbers are drawn on the CPU.  (By NumPy: torch's
+    CPU generator keeps 32 bits of a seed, so that among 1e5 samples two would share a stream.)
 
         noise = Streams(seed, 64)              # samples 0..63
         noise = Streams(seed, range(32, 64))   # the same samples 32..63, alone
 
-    Each call gives the next draw of every stream.  About 0.8 ms for 64 x 3 x 32 x 32.
+    Each call gives the next draw of every stream.  About 1.5 ms for 64 x 3 x 32 x 32.
     """
 
     def __init__(self, seed: int, samples: int | Iterable[int]) -> None:
@@ -25,7 +26,9 @@ class Streams:
         index = [int(i) for i in samples] if isinstance(samples, Iterable) else list(range(samples))
         if not index or min(index) < 0:
             raise ValueError(f"give a positive number of samples, or indices >= 0; got {samples!r}")
-        self.generators = [torch.Generator().manual_seed(_mix(seed, i)) for i in index]
+        self.generators = [
+            np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(i,)))) for i in index
+        ]
 
     def __call__(self, x: Tensor) -> Tensor:
         if len(x) != len(self.generators):
@@ -33,15 +36,11 @@ class Streams:
                 f"there are {len(self.generators)} noise streams for a batch of {len(x)}; "
                 "make Streams(seed, range(first, last)) for the samples in this batch"
             )
-        z = torch.empty(x.shape, dtype=x.dtype)
-        for row, generator in zip(z, self.generators, strict=True):
-            row.normal_(generator=generator)
-        return z.to(x.device)
-
-
-def _mix(seed: int, i: int) -> int:
-    """One 63-bit seed from (seed, sample): neighbouring seeds share no stream."""
-    return int(np.random.SeedSequence(seed, spawn_key=(i,)).generate_state(1, np.uint64)[0]) >> 1
+        dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        z = torch.empty(x.shape, dtype=dtype)
+        for row, generator in zip(z.numpy(), self.generators, strict=True):
+            generator.standard_normal(dtype=row.dtype, out=row)
+        return z.to(x)
 
 
 def rademacher(z: Tensor) -> Tensor:

@@ -147,9 +147,9 @@ def test_a_likelihood_that_is_not_finite_names_the_sample():
         log_prob(SCORE, VP(), x, method="rk4", steps=4)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if n != "gotta_go_fast"])
 def test_nan_from_the_score_names_step_and_times(name):
-    """Whether the score is NaN at a step's start or (Heun) only at its end; ode's adaptive step gives up itself."""
+    """Whether the score is NaN at a step's start or only at a later stage; what adapts its steps gives up itself."""
 
     def score(x, t):
         return SCORE(x, t) * (math.nan if t <= TS[2] * (1 + 1e-9) else 1)

@@ -2,14 +2,14 @@
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
 from truth import F64, SDES, gaussian_score, log_snr_grid, order, tensor, warped_grid
 
-import samplers.brownian as module
 from samplers import ancestral, ddim, euler_maruyama, grids
-from samplers.brownian import brownian
+from samplers.brownian import brownian, keyed
 from scoresde import EDM, VE, VP, mixture
 
 EVERY_SDE = pytest.mark.parametrize("name", SDES)
@@ -53,7 +53,7 @@ def basis(monkeypatch):
 
         return draw
 
-    monkeypatch.setattr(module, "keyed", keyed)
+    monkeypatch.setattr(sys.modules["samplers.brownian"], "keyed", keyed)
     return nodes
 
 
@@ -104,8 +104,8 @@ def test_the_normals_are_normal():
 
 def test_nodes_share_no_numbers():
     """A node gives its own numbers again, and no other node or key gives one of them."""
-    one = module.keyed(3, 1)
-    rows = [module.keyed(*key)(node, 500) for key in ((3, 1), (3, 2), (4, 1)) for node in (0, 1, 2, 3, 2**40)]
+    one = keyed(3, 1)
+    rows = [keyed(*key)(node, 500) for key in ((3, 1), (3, 2), (4, 1)) for node in (0, 1, 2, 3, 2**40)]
     assert len({v for row in rows for v in row}) == 15 * 500
     one(7, 10)
     assert (one(2, 500) == rows[2]).all()

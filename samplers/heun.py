@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from samplers.loop import check, checked, integrate
+from samplers.loop import check, checked, combiner, integrate
 from scoresde.types import SDE, Hook, Noise, Score
 
 
@@ -54,14 +54,16 @@ def heun(
     b1 = (-alpha[1:] * (r[1:] - rh) * s1).tolist()
     last = [float(q) == 0 for q in s1]
 
+    combine = combiner(x)
+
     def step(i: int, x: Tensor) -> Tensor:
         if C[i]:
             x = x.mul(up[i]).add_(noise(x), alpha=C[i])
         s = checked(score(x, th[i]), x)
-        base = x.mul(a[i])
+        y = combine(a[i], x, b[i], s)
         if last[i]:
-            return base.add_(s, alpha=b[i])
-        ahead = checked(score(torch.add(base, s, alpha=b[i]), ts[i + 1]), x)
-        return base.add_(s, alpha=0.5 * b[i]).add_(ahead, alpha=0.5 * b1[i])
+            return y
+        ahead = checked(score(y, ts[i + 1]), x)
+        return combine(a[i], x, 0.5 * b[i], s).add_(ahead, alpha=0.5 * b1[i])
 
     return integrate(step, sde, x, ts, on_step=on_step, grad=grad)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from samplers import kernels
-from samplers.loop import check, checked, integrate
+from samplers.loop import check, checked, combiner, integrate
 from scoresde.types import SDE, Hook, Noise, Score, like
 
 Size = Callable[[int, Tensor, Tensor], Tensor | float]  # (i, score, z) -> step size e, () or (B,)
@@ -86,6 +86,8 @@ def predictor_corrector(
     size = (langevin() if corrector is None else corrector)(sde, ts)
     A, B, C = (column.tolist() for column in predictor(sde, ts))
 
+    combine = combiner(x)
+
     def step(i: int, x: Tensor) -> Tensor:
         for _ in range(n_correct):
             s, z = checked(score(x, ts[i]), x), noise(x)
@@ -95,7 +97,7 @@ def predictor_corrector(
             else:
                 x = x.add(s, alpha=e).add_(z, alpha=math.sqrt(2 * e))
         s = checked(score(x, ts[i]), x)
-        x1 = x.mul(A[i]).add_(s, alpha=B[i])
+        x1 = combine(A[i], x, B[i], s)
         return x1.add_(noise(x), alpha=C[i]) if C[i] else x1
 
     return integrate(step, sde, x, ts, on_step=on_step, grad=grad)

@@ -43,7 +43,7 @@ def integrate(
             for hook in hooks:
                 replaced = hook(i, times[i + 1], x)
                 x = x if replaced is None else checked(replaced, x, "a hook")
-            if not (i + 1) % every or i + 1 == N:
+            if i % every == every - 1 or i == N - 1:
                 sums.append(x.sum())
     bad = ~torch.isfinite(torch.stack(sums).detach())
     if bool(bad.any()):
@@ -86,14 +86,27 @@ def one_step(
     """
     check(sde, x, ts)
     A, B, C = (column.tolist() for column in kernel(sde, ts))
-    times = ts.unbind()
+    times, combine = ts.unbind(), combiner(x)
 
     def step(i: int, x: Tensor) -> Tensor:
         s = checked(score(x, times[i]), x)
-        x1 = x.mul(A[i]).add_(s, alpha=B[i])
+        x1 = combine(A[i], x, B[i], s)
         return x1.add_(noise(x), alpha=C[i]) if C[i] else x1
 
     return integrate(step, sde, x, ts, on_step=on_step, grad=grad)
+
+
+def combiner(x: Tensor) -> Callable[[float, Tensor, float, Tensor], Tensor]:
+    """(a, x, b, s) -> a x + b s, a new tensor: by one kernel where that cannot touch a sample's bits, else by two.
+
+    addr rounds otherwise in the tail of its vector loop than inside, so on the CPU it is used only where no
+    sample is ever in a tail: one thread, and a multiple of 64 numbers a sample.
+    """
+    whole = x.device.type == "cpu" and x[0].numel() % 64 == 0 and torch.get_num_threads() == 1
+    if not whole and not x.is_cuda:
+        return lambda a, x, b, s: x.mul(a).add_(s, alpha=b)
+    one = x.new_ones(1)
+    return lambda a, x, b, s: torch.addr(x.reshape(1, -1), one, s.reshape(-1), beta=a, alpha=b).view(x.shape)
 
 
 def check(sde: SDE, x: Tensor, ts: Tensor, to_zero: bool = True) -> None:

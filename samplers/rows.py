@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from samplers.loop import check, checked, integrate
+from samplers.loop import check, checked, combiner, integrate
 from scoresde.types import SDE, Hook, Noise, Score
 
 
@@ -47,9 +47,10 @@ def run_rows(
 ) -> Tensor:
     """x at ts[-1] by the rows table(sde, ts).  z is not drawn where c = 0."""
     check(sde, x, ts)
-    steps = table(sde, ts)
+    steps = _fold(table(sde, ts))
     keep = [max(len(row.b) for row in step) for step in steps]
     keep = [max(keep[i:]) for i in range(len(keep))] if len(set(keep)) > 1 else keep
+    combine = combiner(x)
     memory: list[Tensor] = []
 
     def step(i: int, x: Tensor) -> Tensor:
@@ -58,8 +59,8 @@ def run_rows(
             s = checked(score(y, t), y)
             memory.insert(0, s if q is None else torch.add(y, s, alpha=q))
             del memory[keep[i] :]
-            y = x.mul(a)
-            for w, m in zip(b, memory, strict=False):
+            y = combine(a, x, b[0], memory[0])
+            for w, m in zip(b[1:], memory[1:], strict=False):
                 if w:
                     y.add_(m, alpha=w)
             if c:
@@ -69,3 +70,16 @@ def run_rows(
         return y
 
     return integrate(step, sde, x, ts, on_step=on_step, grad=grad)
+
+
+def _fold(steps: Rows) -> list[list[Row]]:
+    """Where m is used once, a x + b (x + q s) is (a + b) x + b q s: one pass over memory less."""
+    out = [list(step) for step in steps]
+    later = 0  # values of earlier rows that the row after this one uses
+    for step in reversed(out):
+        for k in reversed(range(len(step))):
+            row = step[k]
+            if later == 0 and len(row.b) == 1 and row.q is not None and (k == 0 or step[k - 1].move):
+                step[k] = row._replace(q=None, a=row.a + row.b[0], b=(row.b[0] * row.q,))
+            later = len(row.b) - 1
+    return out

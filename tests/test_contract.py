@@ -146,7 +146,7 @@ def test_float32(name):
 
 @EVERY
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
-@pytest.mark.parametrize("D", [5, 48])
+@pytest.mark.parametrize("D", [5, 48, 64])
 def test_a_sample_alone_is_the_same_as_in_a_batch(name, dtype, D):
     """To the bit, whatever the seed's neighbours, with one stream per sample."""
     sde, x = VP(), start((6, D), dtype)

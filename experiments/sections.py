@@ -108,14 +108,15 @@ def by_sampler(run: Run) -> tuple[Part, list[Claim]]:
     n = max(2 * run.classes, run.size.sweep // 2)
     y = labels(run, n)
     steps = {"heun": 14, "ddim": 27, "flow_euler": 40, "ancestral": 50, "euler_maruyama": 80, "reverse_diffusion": 80,
-             "predictor_corrector": 40, "ode": 1}  # fmt: skip
+             "predictor_corrector": 40, "ode": 1, "gotta_go_fast": 1, "midpoint": 14, "ralston": 14, "dpm_solver": 14,
+             "singlestep": 9, "restart": 14, "seeds": 14}  # fmt: skip
     features = Features(run.data)
     rows, shown = [], []
     for name, sampler in samplers.SAMPLERS.items():
         score = counted(run.model.given(y))
         noise = run.noise(100, n)
-        knobs = {"rtol": 1e-3, "atol": 1e-3} if name == "ode" else {}
-        ts = run.grid(steps.get(name, 40))
+        knobs = {"ode": {"rtol": 1e-3, "atol": 1e-3}, "angle": {"d": run.model.sigma_data}}.get(name, {})
+        ts = run.grid(steps.get(name, 20))
         tick = time.perf_counter()
         x = sampler(score, run.sde, run.start(noise), ts, noise=noise, **knobs)
         seconds = time.perf_counter() - tick

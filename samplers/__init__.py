@@ -7,7 +7,7 @@ from torch import Tensor
 from samplers import exponential, grids, hooks, kernels
 from samplers.adaptive_sde import gotta_go_fast
 from samplers.angle import angle
-from samplers.auto import auto, choose
+from samplers.auto import auto, choose, load_fitted
 from samplers.brownian import brownian
 from samplers.calibrated import Calibration, calibrate, calibrated, load_calibration
 from samplers.fitted import FittedGrid, fit_grid, load_grid
@@ -17,6 +17,7 @@ from samplers.langevin import annealed, langevin, predictor_corrector
 from samplers.multistep import deis, dpmpp, multistep, pndm, unipc
 from samplers.ode import ode
 from samplers.onestep import ancestral, ddim, euler_maruyama, flow_euler, reverse_diffusion
+from samplers.parallel import parallel
 from samplers.preconditioned import preconditioned
 from samplers.restart import restart
 from samplers.singlestep import dpm_solver, midpoint, ralston, singlestep
@@ -55,7 +56,7 @@ __all__ = [
     "SAMPLERS", "Calibration", "FittedGrid", "ancestral", "angle", "annealed", "auto", "brownian", "calibrate",
     "calibrated", "choose", "ddim", "deis", "dpm_solver", "dpmpp", "er_sde", "euler_maruyama", "exponential",
     "exponential_euler", "fit_grid", "flow_euler", "gotta_go_fast", "grids", "heun", "hooks", "kernels", "langevin",
-    "load_calibration", "load_grid", "midpoint", "multistep", "ode", "perturb", "pndm", "preconditioned",
-    "predictor_corrector", "ralston", "restart", "reverse_diffusion", "sa_solver", "sde_dpmpp", "seeds",
-    "singlestep", "unipc",
+    "load_calibration", "load_fitted", "load_grid", "midpoint", "multistep", "ode", "parallel", "perturb", "pndm",
+    "preconditioned", "predictor_corrector", "ralston", "restart", "reverse_diffusion", "sa_solver", "sde_dpmpp",
+    "seeds", "singlestep", "unipc",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """One call that picks sampler, order and grid from what is known: the budget, noise or not, what was fitted."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -8,8 +9,8 @@ from torch import Tensor
 from samplers import grids
 from samplers.adams import Tau
 from samplers.angle import angle, order_for
-from samplers.calibrated import Calibration, calibrated
-from samplers.fitted import FittedGrid
+from samplers.calibrated import Calibration, calibrated, load_calibration
+from samplers.fitted import FittedGrid, load_grid
 from scoresde.types import SDE, Score
 
 
@@ -46,6 +47,17 @@ def choose(
         ts, order = fitted.plan(sde, n, order_for(n, noisy=True) if noisy else None)
         return partial(angle, d=fitted.d, order=order, tau=tau), ts
     return partial(angle, d=d, tau=tau), grids.data_scale(sde, n, d=d, t_end=t_end)
+
+
+def load_fitted(path: str | Path) -> FittedGrid | Calibration:
+    """A file of `FittedGrid.save` or `Calibration.save`, whichever it is."""
+    try:
+        return load_calibration(path)
+    except ValueError as err:
+        try:
+            return load_grid(path)
+        except ValueError:
+            raise ValueError(f"{path} is neither a calibrated solver nor a fitted grid") from err
 
 
 def auto(

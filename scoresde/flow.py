@@ -3,13 +3,15 @@
     dx/dt = f x - g^2 s(x, t) / 2                                       (Song 2021, eq. 13)
 
 is integrated in variables that stay bounded and smooth at both ends for every SDE: with
-R^2 = alpha^2 + sigma^2, z = x / R and u = log(sigma/alpha) = -lam,
+R^2 = alpha^2 + sigma^2 and z = x / R, over u = log(sigma/alpha) or the angle th = atan(sigma/alpha),
 
-    dz/du = -(sigma^2 / R) (s + x / R^2)
+    dz/du  = -(sigma^2 / R) (s + x / R^2)
+    dz/dth = -(sigma R / alpha) (s + x / R^2) = eps cos(th) - x0 sin(th)
 
-(for VP R = 1, and N(0, I) data stand still).  torchdiffeq's adaptive methods get a norm that is the
-largest RMS of a sample, never a mean that lets batch mates hide an error, and land on the end
-instead of stepping over it; they still share one step.  "each" (`scoresde.adaptive`) does not: a
+(N(0, I) data stand still).  The angle's range is finite, (0, pi/2): the same tolerance takes fewer
+evaluations there, and "each" (`scoresde.adaptive`) has it.  torchdiffeq's methods have u.  Its adaptive
+ones get a norm that is the largest RMS of a sample, never a mean that lets batch mates hide an error,
+and land on the end instead of stepping over it; they still share one step.  "each" does not: a
 sample is the same alone and in any batch.
 """
 
@@ -20,10 +22,11 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from scoresde.adaptive import Field, dormand_prince
+from scoresde.adaptive import PAIRS, Field, Rows, rows_of, solve_each
 from scoresde.types import SDE, Score, instant, like
 
 EACH = "each"
+OWN_STEPS = (EACH, *(f"{EACH}:{name}" for name in PAIRS))
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
 
@@ -57,23 +60,41 @@ def flow(
     """The state at t1 of the probability flow through x at t; either direction.
 
     x (B, ...);  t, t1 in (0, T]
-    method: "each" (Dormand-Prince, own steps for each sample), or a method of torchdiffeq
+    method: "each" (Dormand-Prince, own steps for each sample; "each:bosh3", "each:tsit5", "each:dop853":
+            by another pair), or a method of torchdiffeq
     rtol, atol: for the adaptive methods (torchdiffeq's fehlberg2 misses them a hundredfold)
-    steps:  for the fixed ones, uniform in u
+    steps:  for the fixed ones, uniform in log(sigma/alpha)
+    With "each" samples that have arrived leave the batch if the score has `rows` (`scoresde.adaptive`).
     """
     if x.ndim < 2 or x.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"x must be float32 or float64 of shape (B, ...), got {x.dtype} {tuple(x.shape)}; use x[None].float()"
         )
     t, t1 = instant(sde, t), instant(sde, t1)
+    angle = method in OWN_STEPS
 
-    def rhs(u: Tensor, z: Tensor) -> Tensor:
-        time = sde.time(-u)
-        R = radius(sde, time)
-        y = z * like(R, z)
-        return -like(sde.sigma(time) ** 2 / R, y) * (score(y, time) + y / like(R**2, y))
+    def field(score: Score) -> Field:
+        def rhs(u: Tensor, z: Tensor) -> Tensor:
+            time = sde.time(-torch.log(torch.tan(u)) if angle else -u)
+            R, sigma = radius(sde, time), sde.sigma(time)
+            rate = sigma * R / sde.alpha(time) if angle else sigma**2 / R
+            y = z * like(R, z)
+            s = score(y, time)
+            if s.shape != y.shape or s.device != y.device:
+                raise ValueError(
+                    f"the score returned {tuple(s.shape)} on {s.device} for a state {tuple(y.shape)} on {y.device}; "
+                    "it must return a tensor like its argument"
+                )
+            return -like(rate, y) * (s.to(y.dtype) + y / like(R**2, y))
 
-    z = solve(rhs, x / radius(sde, t).to(x), -sde.lam(t), -sde.lam(t1), method, rtol, atol, steps)
+        return rhs
+
+    def rows(index: Tensor) -> Field | None:
+        some = rows_of(score, index)
+        return None if some is None else field(some)
+
+    u, u1 = (torch.atan2(sde.sigma(q), sde.alpha(q)) if angle else -sde.lam(q) for q in (t, t1))
+    z = solve(field(score), x / radius(sde, t).to(x), u, u1, method, rtol, atol, steps, rows)
     return z * radius(sde, t1).to(x)
 
 
@@ -86,10 +107,12 @@ def solve(
     rtol: float,
     atol: float,
     steps: int,
+    rows: Rows | None = None,
 ) -> Tensor:
-    """dy/du = rhs(u, y) from u to u1; y (B, ...); u () or (B,)."""
-    if method == EACH:
-        return dormand_prince(rhs, y, float(u), float(u1), rtol=rtol, atol=atol)
+    """dy/du = rhs(u, y) from u to u1; y (B, ...); u () or (B,); rows(index) is rhs of some rows of y."""
+    if method in OWN_STEPS:
+        pair = PAIRS[method.removeprefix(EACH).removeprefix(":") or "dopri5"]
+        return solve_each(rhs, y, float(u), float(u1), pair=pair, rtol=rtol, atol=atol, rows=rows)
     ends = torch.stack([u, u1]).to(y.device, torch.float32 if y.device.type == "mps" else torch.float64)
     options: dict[str, Any] = {}
     if method in ADAPTIVE:
@@ -100,7 +123,7 @@ def solve(
             raise ValueError(f"steps must be at least 1, got {steps}")
         grid = ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, steps + 1, dtype=ends.dtype, device=y.device)
     else:
-        names = ", ".join((EACH, *ADAPTIVE, *FIXED))
+        names = ", ".join((EACH, *ADAPTIVE, *FIXED, *OWN_STEPS[1:]))
         raise ValueError(f"unknown method {method!r}; choose one of {names}")
     try:
         out = torchdiffeq.odeint(rhs, y, grid, method=method, rtol=rtol, atol=atol, options=options)

@@ -53,6 +53,14 @@ class Model:
             cond["y"] = self._checked(y)
         return replace(self, cond=cond)
 
+    def rows(self, index: Tensor) -> "Model":
+        """The same score for rows index of its batch (which may repeat): what solvers need that let samples go."""
+
+        def pick(v: Any) -> Any:
+            return v[index.to(v.device)] if isinstance(v, Tensor) and v.ndim and len(v) > 1 else v
+
+        return replace(self, cond={name: pick(v) for name, v in self.cond.items()})
+
     def _checked(self, y: int | Sequence[int] | Tensor) -> Tensor | int:
         if self.classes is None:
             raise ValueError("this network takes no class label; build Model(..., classes=n) if it does")

@@ -7,6 +7,7 @@ import torch
 from truth import F64, KINDS, SD, SDES, gaussian_score, network, tensor, times
 
 from scoresde import EDM, VE, VP, DiscreteVP, Model, change_sde, counted, evaluate, linear_betas
+from scoresde.nets import UNet
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
 
@@ -164,3 +165,18 @@ def test_float32():
     for t in (tensor(0.5), tensor(0.5, 0.6, 0.7, 0.8)):
         assert Model(net, VP())(X.float(), t).dtype == torch.float32
     assert seen == [(torch.float32, torch.float32, (4,))] * 2
+
+
+def test_rows_of_a_condition():
+    """`rows(index)` is the score of those rows, in that order, repeats too; a condition for all stays one."""
+    net = UNet(channels=1, width=8, mults=(1,), classes=4)
+    with torch.no_grad():
+        for v in net.parameters():
+            v.add_(0.1 * torch.randn(v.shape, generator=torch.Generator().manual_seed(v.numel())))
+    model = Model(net.double(), VP(), "eps", classes=4)
+    x, t = torch.randn(3, 1, 8, 8, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
+    index = torch.tensor([2, 0, 0])
+    for score in (model.given(torch.tensor([3, 1, 0])), model.given(2), model):
+        torch.testing.assert_close(score.rows(index)(x[index], t), score(x, t)[index], rtol=1e-12, atol=1e-12)
+    labelled = model.given(torch.tensor([3, 1, 0]))
+    assert not torch.allclose(labelled(x, t)[1:2], labelled.rows(torch.tensor([0]))(x[1:2], t))

@@ -101,7 +101,10 @@ def main(argv: list[str] | None = None) -> list[Claim]:
         return x.cpu()
 
     starts = tqdm(range(0, n, args.batch), desc="batches", disable=n <= args.batch)
-    x = torch.cat([run(range(i, min(i + args.batch, n))) for i in starts])
+    try:
+        x = torch.cat([run(range(i, min(i + args.batch, n))) for i in starts])
+    except ValueError as err:  # a calibrated solver refuses another guidance
+        p.error(str(err))
     nfe = calls
     arrays = {"x": x.numpy()}
     if "levels" in about:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import likelihood, loop_overhead, quickstart, sample
+from experiments import fit, likelihood, loop_overhead, quickstart, sample
 from experiments.digits import Judge, load, read_folder, styles, to_levels
 from experiments.yardsticks import Features, gaussian_mixture_bits, pixel_bits
 from scoresde import Streams, bits_per_dim, dequantize, log_prob
@@ -159,6 +159,33 @@ def test_sample_script_guides_by_class_and_by_prompt(out, tmp_path):
         assert judge.rate_levels(torch.from_numpy(z["levels"]), torch.from_numpy(z["labels"])) > 0.5
 
 
+def test_fitted_files_are_used_by_the_sample_script(out, tmp_path, capsys):
+    """A solver for 3 calls is fitted, used by `sample`, bound to its model and guidance; and so is the grid."""
+    model = str(out[0] / "model.safetensors")
+    claims = fit.main([model, "--quick", "--n", "3", "--out", str(tmp_path)])
+    assert 0 < claims[0].value < 10
+    solver, grid = tmp_path / "solver-3.json", tmp_path / "grid.json"
+    x = {}
+    for name, file in (("solver", ["--fitted", str(solver)]), ("grid", ["--fitted", str(grid)]), ("plain", [])):
+        args = [model, "--n", "20", "--steps", "3", *file, "--out", str(tmp_path / name)]
+        assert sample.main(args)[0].value == 3  # network calls
+        x[name] = np.load(tmp_path / name / "samples.npz")["x"]
+    sample.main([model, "--n", "20", "--steps", "60", "--out", str(tmp_path / "fine")])
+    fine = np.load(tmp_path / "fine" / "samples.npz")["x"]
+    error = {name: np.sqrt(((v - fine) ** 2).mean()) for name, v in x.items()}
+    assert error["solver"] < error["plain"]
+    assert len({round(float(e), 6) for e in error.values()}) == 3
+    with pytest.raises(SystemExit):
+        sample.main([model, "--n", "20", "--steps", "3", "--w", "2", "--fitted", str(solver), "--out", str(tmp_path)])
+    assert "calibrated for the model 'model.safetensors, w = 1', not" in capsys.readouterr().err.replace("\n", " ")
+    with pytest.raises(SystemExit):
+        sample.main([model, "--steps", "4", "--fitted", str(solver), "--out", str(tmp_path)])
+    assert "makes 3 calls, asked for are 4" in re.sub(r"\s+", " ", capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        sample.main([model, "--fitted", str(out[0] / "c.json"), "--out", str(tmp_path)])
+    assert "neither a calibrated solver nor a fitted grid" in re.sub(r"\s+", " ", capsys.readouterr().err)
+
+
 def test_likelihood_script_is_log_prob_of_dequantised_data(out, tmp_path):
     """Per-item values recomputed here, by another route to the same flow: the adaptive solver."""
     _, held = load(None, 0)
@@ -236,7 +263,7 @@ def test_scripts_refuse_what_they_cannot_do(out, capsys, tmp_path):
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", [quickstart, sample, likelihood, loop_overhead])
+@pytest.mark.parametrize("script", [quickstart, sample, likelihood, loop_overhead, fit])
 def test_help_states_the_claims(script, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main(["--help"])

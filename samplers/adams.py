@@ -134,21 +134,23 @@ def _rows(
     for stages in {how for how in plan if not isinstance(how, int)}:
         single |= _stages(at, V, stages, [i for i, how in enumerate(plan) if how == stages], stage_of)
     out: list[list[Row]] = []
-    seen: list[int] = []  # the points asked so far, where stages came between them
+    seen: list[int] = []  # the points asked so far, newest first, where stages came between them
     for i, how in enumerate(plan):
         if not isinstance(how, int):
             out.append(single[i])
-            seen = [*stage_of[i][::-1], i, *seen][:16]
+            seen = [*stage_of[i][::-1], i, *seen]
             continue
         a, b, c = multi[i]
         b = b[: i + 1]
         if seen:
-            seen = [i, *seen][:16]
+            seen = [i, *seen]
             place = {p: k for k, p in reversed(list(enumerate(seen)))}  # the newest value of a point
             spread = [0.0] * len(seen)
             for j, w in enumerate(b):
                 if w:
                     spread[place[i - j]] = w
+            if seen[: len(b)] == list(range(i, i - len(b), -1)):
+                seen = []  # no stage within reach any more
             b = spread
         while len(b) > 1 and b[-1] == 0:
             b.pop()

@@ -76,7 +76,10 @@ def load_calibration(path: str | Path) -> Calibration:
         raise ValueError(f"{path} is not a calibrated solver: {err}") from err
     if not isinstance(about, dict) or about.pop("format", None) != FORMAT:
         raise ValueError(f"{path} is not a calibrated solver: its format is not {FORMAT!r}")
-    return Calibration(**about)
+    try:
+        return Calibration(**about)
+    except TypeError as err:
+        raise ValueError(f"{path} is a damaged calibrated solver ({err}); calibrate it again") from err
 
 
 def calibrated(

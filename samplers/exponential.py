@@ -124,14 +124,13 @@ def weights(
     zero = r1 == 0
     if bool(zero.any()) and (at.form.d == 0 or not bool(torch.isfinite(at.form.u(at.sde, r1[zero])).all())):
         first = torch.zeros_like(b)
-        first[:, 0] = at.sde.alpha(at.t[end]) if at.form.d == 0 else rho1 * _angle(at, r)
+        if at.form.d == 0:
+            first[:, 0] = at.sde.alpha(at.t[end])
+        else:
+            first[:, :1] = (rho1 * (1 + power))[:, None] * integrals(at, r, r1, known[:, :1], density)
         b = torch.where(zero[:, None], first, b)
         c = torch.where(zero, c if at.form.d else 0.0, c)
     return rho1 / rho * E, b, c
-
-
-def _angle(at: Nodes, r: Tensor) -> Tensor:
-    return r if math.isinf(at.form.d) else torch.atan(r / at.form.d) / at.form.d
 
 
 def integrals(at: Nodes, r: Tensor, r1: Tensor, known: Tensor, density: Callable[[Tensor], Tensor]) -> Tensor:

@@ -108,9 +108,12 @@ def load_grid(path: str | Path) -> FittedGrid:
         raise ValueError(f"{path} is not a fitted grid: {err}") from err
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(f"{path} is not a fitted grid: its format is not {FORMAT!r}")
-    log_r, density = (torch.tensor(about[k], dtype=torch.float64) for k in ("log_r", "density"))
-    found = {n: (order, times) for n, order, times in about["found"]}
-    return FittedGrid(log_r, density, float(about["d"]), about["sde"], found)
+    try:
+        log_r, density = (torch.tensor(about[k], dtype=torch.float64) for k in ("log_r", "density"))
+        found = {n: (order, times) for n, order, times in about["found"]}
+        return FittedGrid(log_r, density, float(about["d"]), about["sde"], found)
+    except (KeyError, TypeError, ValueError) as err:
+        raise ValueError(f"{path} is a damaged fitted grid ({err!r}); fit it again") from err
 
 
 def bend(sde: SDE, ts: Tensor, warp: np.ndarray) -> Tensor:

@@ -9,7 +9,7 @@ Claims (one CPU thread; the figures of this run stand on the page and in --json)
     compose on one score: accuracy >= 0.98, ink apart by >= 1.0.
 
 To expect with seed 0 (the budget is time, so a run differs a little): accuracy 0.98 and 0.999;
-1.79 +- 0.01 bits/dim (uniform 4.09, Gaussian mixture 2.70, independent pixels 2.44; two Euler steps
+1.77 to 1.80 bits/dim (uniform 4.09, Gaussian mixture 2.70, independent pixels 2.44; two Euler steps
 would print 0.04, bin centres 1.27); Bayes' rule 0.98; CLIP 0.96 zero-shot, 0.97 as a guide; composed
 1.00, ink 1.7 apart; 3 minutes in all.
 

@@ -62,6 +62,7 @@ def gotta_go_fast(
         raise ValueError(f"rtol must be >= 0 and atol > 0, got {rtol} and {atol}; the paper's are 0.02 and 0.0078")
     check(sde, x, ts, to_zero=False)
     us, radii = -sde.lam(ts), radius(sde, ts).tolist()
+    roots = (us[:-1] - us[1:]).sqrt().tolist()
     wanted = [FIRST] * len(x)
     before = x / radii[0]
 
@@ -81,7 +82,7 @@ def gotta_go_fast(
 
     def whole(i: int, x: Tensor) -> Tensor:
         y, h = x / radii[i], us[i] - us[i + 1]
-        w = noise(x) * math.sqrt(float(h))
+        w = noise(x) * roots[i]
         return attempt(y, us[i], h, w, drift(y, us[i]))[1] * radii[i + 1]
 
     def adaptive(i: int, x: Tensor) -> Tensor:

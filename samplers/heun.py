@@ -31,7 +31,7 @@ def heun(
     churn:  S_churn >= 0, total re-noising; gamma = min(churn/N, sqrt(2) - 1) while r is in
             churn_range (S_min, S_max), and rh never above r(T)
     x, ts and the rest as `euler_maruyama`.  churn = 0: deterministic, order 2 on the flow.
-    2N network calls; a step to t = 0 is Euler's, so 2N - 1 then.
+    2N network calls; a step to sigma = 0 is Euler's, so 2N - 1 then.
     """
     if churn < 0:
         raise ValueError(f"churn must be >= 0, got {churn}")

@@ -45,6 +45,8 @@ def integrate(
                 x = x if replaced is None else checked(replaced, x, "a hook")
             if i % every == every - 1 or i == N - 1:
                 sums.append(x.sum())
+    if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return x  # a run that is made into a graph cannot look at a value
     bad = ~torch.isfinite(torch.stack(sums).detach())
     if bool(bad.any()):
         k = int(bad.nonzero()[0])

@@ -126,7 +126,7 @@ def pndm(score: Score, sde: SDE, x: Tensor, ts: Tensor, *, order: int = 4, start
     start: "rise" (iPNDM: orders 1, 2, ..., N network calls) or "runge-kutta" (PNDM: order - 1 classical
            Runge-Kutta steps, halfway in t, first: N + 3 (order - 1) calls)
     Other arguments as `euler_maruyama`.  The weights suppose steps equal in sigma/alpha, where
-    "runge-kutta" is of the order asked; on other smooth grids order 2.
+    "runge-kutta" is of the order asked up to 3 (its stages lie halfway in t); on other smooth grids order 2.
     """
     if order not in pub.AB:
         raise ValueError(f"order must be 1 to 4, got {order}")

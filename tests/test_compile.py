@@ -154,6 +154,7 @@ LOOPS = {  # one of each kind of step, and the calls of N steps
     "ancestral": 1,
     "angle": 1,
     "seeds": 2,
+    "gotta_go_fast, whole steps": 2,
     "heun": 2,
     "predictor_corrector, langevin": 3,
 }
@@ -204,3 +205,29 @@ def test_no_wait_on_a_gpu(name):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert seen == [0] + [2] * (N - 1)
+
+
+@cuda
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_run_is_captured_in_a_cuda_graph(name):
+    """Replayed on another start it gives that start's run."""
+    sampler, knobs = RUNS[name]
+    net = Net().cuda()
+    model, ts, z = Model(net, SDE, "eps"), log_snr_grid(SDE, 4), torch.ones(2, 3, device="cuda")
+    x = torch.randn(2, 3, device="cuda")
+
+    def run(x):
+        return sampler(model, SDE, x, ts, noise=lambda x: z, **knobs)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(x)
+    other = torch.randn(2, 3, device="cuda")
+    x.copy_(other)
+    graph.replay()
+    torch.testing.assert_close(out, run(other), rtol=1e-5, atol=1e-5)

@@ -3,6 +3,7 @@
     python -m experiments.work_precision                      ours, on the three problems of the claims
     python -m experiments.work_precision --peers              and diffusers, k-diffusion, azula, torchdiffeq beside
     python -m experiments.work_precision --problems digits --samplers heun,angle:order=4 --nfe 5,10,20
+    python -m experiments.work_precision --peers --samplers searched,calibrated --ours searched   what fitting gains
     python -m experiments.work_precision --model out/quickstart/model.safetensors
 
 Every sampler starts from the same exact draws and runs on every grid with as many steps as its counted
@@ -141,6 +142,8 @@ def told(f: Callable[..., Any], knobs: dict[str, Any], case: Case) -> dict[str, 
 
 def ours(spec: str, grid_specs: Sequence[str]) -> list[Method]:
     """One of `samplers.SAMPLERS` on each grid, both with knobs.  They are told sigma_data if they take it."""
+    if spec in FITTED:
+        return [fitted(spec)]
     name, knobs = parse(spec)
     if name not in samplers.SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; choose from {', '.join(samplers.SAMPLERS)}")
@@ -160,6 +163,31 @@ def ours(spec: str, grid_specs: Sequence[str]) -> list[Method]:
         return Method("scoresde", spec, grid_spec, run)
 
     return [on(g) for g in grid_specs]
+
+
+FITTED = ("searched", "calibrated")
+
+
+def fitted(name: str) -> Method:
+    """`auto` with what was fitted on 64 or 512 other starts: a grid, searched up to 20 steps; a solver, up to 10."""
+    made: dict[tuple[str, int], samplers.FittedGrid | samplers.Calibration] = {}
+
+    def run(case: Case, score: Score, x: Tensor, steps: int) -> Tensor:
+        if case.name not in NAMES or (name == "calibrated" and steps > 10):
+            raise ValueError(f"{name} is for the exact problems, calibrated for at most 10 calls")
+        key = (case.name, steps)
+        if key not in made:
+            s, sde, d, end = case.score, case.sde, case.sigma_data, case.t_end
+            if name == "searched":
+                fresh = problem(case.name).start(64, 7001)
+                grid = samplers.fit_grid(s, sde, fresh, d=d, t_end=end)
+                made[key] = grid.search(s, sde, fresh, steps, progress=False) if steps <= 20 else grid
+            else:
+                fresh = problem(case.name).start(512, 7002)
+                made[key] = samplers.calibrate(s, sde, fresh, steps, d=d, t_end=end, progress=False)
+        return samplers.auto(score, case.sde, x, steps, fitted=made[key])
+
+    return Method("scoresde", name, "its own", run)
 
 
 def _check_knobs(f: Callable[..., Any], name: str, knobs: dict[str, Any]) -> None:

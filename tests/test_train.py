@@ -196,8 +196,9 @@ def test_a_full_disk_leaves_the_previous_file_whole(tmp_path, monkeypatch):
 def test_ctrl_c_while_writing_leaves_the_previous_file_whole(tmp_path):
     """A process that writes one checkpoint after another is interrupted at random moments."""
     script = textwrap.dedent("""
-        import sys, torch
+        import signal, sys, torch
         from scoresde.checkpoint import save
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits "ignore"
         k = 0
         while True:
             save(sys.argv[1], {"a": torch.full((400_000,), float(k)), "b": torch.full((9,), float(k))}, {"k": k})
@@ -215,7 +216,7 @@ def test_ctrl_c_while_writing_leaves_the_previous_file_whole(tmp_path):
         with pytest.raises(subprocess.TimeoutExpired):
             p.wait(wait)
         p.send_signal(signal.SIGINT)
-        p.wait()
+        p.wait(60)
         tensors, header = ck.read(path)
         assert float(tensors["a"][0]) == float(tensors["a"][-1]) == float(tensors["b"][0]) == header["k"]
 

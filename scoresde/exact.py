@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from scoresde.adaptive import rowwise
 from scoresde.noise import Streams
 from scoresde.types import SDE, Score, like
 
@@ -87,7 +88,7 @@ class Mixture:
             logp, pull = self._joint(x, alpha, sigma)
             return -(torch.softmax(logp, 1)[..., None] * pull).sum(1).reshape(x.shape)
 
-        return score
+        return rowwise(score)
 
     def denoiser(self, sde: SDE) -> Score:
         """The posterior mean E[x0 | x] as a function of (x, t)."""
@@ -229,6 +230,29 @@ def mixture(
 def dataset(x: Tensor, labels: Tensor | None = None) -> Mixture:
     """The finite data set as a density: the ideal denoiser of x (N, ...)."""
     return mixture(torch.ones(len(x)), x, labels=labels)
+
+
+def gaussian_of(x: Tensor, rank: int | None = None) -> Mixture:
+    """N(m, C) with the mean and covariance of data x (N, ...): a prior for `log_prob`, a reference for `bounds`.
+
+    rank: None: the full covariance, N > D items wanted; R: its R largest directions, and the mean of the other
+          eigenvalues in all the rest   (Tipping & Bishop 1999)
+    """
+    flat = x.detach().flatten(1).to("cpu", torch.float64)
+    N, D = flat.shape
+    mean = flat.mean(0)
+    if rank is None:
+        if N <= D:
+            raise ValueError(f"{N} items do not give a covariance in {D} dimensions; give more, or rank={N // 2}")
+        return gaussian(mean.reshape(x.shape[1:]), cov=(flat - mean).T @ (flat - mean) / (N - 1))
+    if not 0 < rank < min(N, D):
+        raise ValueError(f"rank must lie between 1 and {min(N, D) - 1}, got {rank}")
+    _, S, V = torch.linalg.svd((flat - mean) / math.sqrt(N - 1), full_matrices=False)
+    rest = float((S[rank:] ** 2).sum() / (D - rank))
+    if rest <= 1e-12 * float(S[0] ** 2):
+        raise ValueError(f"data of rank {rank} or less have no density; dequantise them, or give a smaller rank")
+    factor = V[:rank].T * (S[:rank] ** 2 - rest).clamp(min=0).sqrt()
+    return gaussian(mean.reshape(x.shape[1:]), factor=factor, var=rest)
 
 
 def gaussian_flow(mean: Tensor, var: Tensor | float, sde: SDE, x: Tensor, t: Tensor, t1: Tensor) -> Tensor:

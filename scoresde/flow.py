@@ -15,6 +15,7 @@ and land on the end instead of stepping over it; they still share one step.  "ea
 sample is the same alone and in any batch.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +99,39 @@ def flow(
     return z * radius(sde, t1).to(x)
 
 
+def encode(score: Score, sde: SDE, x: Tensor, *, t: float | Tensor | None = None, **how: Any) -> tuple[Tensor, Tensor]:
+    """The latent of x: its flow to sde.T; and the RMS error of the way there and back, (B,), measured by going back.
+
+    t: where the data sit, default sde.t_min;  how: as `flow`.  `decode` is its inverse.
+    """
+    t = sde.t_min if t is None else t
+    z = flow(score, sde, x, t, sde.T, **how)
+    return z, (decode(score, sde, z, t=t, **how) - x).flatten(1).square().mean(1).sqrt()
+
+
+def decode(score: Score, sde: SDE, z: Tensor, *, t: float | Tensor | None = None, **how: Any) -> Tensor:
+    """The data at t (default sde.t_min) of a latent z at sde.T."""
+    return flow(score, sde, z, sde.T, sde.t_min if t is None else t, **how)
+
+
+def between(z: Tensor, z1: Tensor, w: float | Tensor) -> Tensor:
+    """Latents on the great circle from z (w = 0) to z1 (w = 1), w () or (B,), lengths linear   (Shoemake 1985).
+
+    (|z| (1 - w) + |z1| w) [sin((1 - w) a) e + sin(w a) e1] / sin(a),   a the angle between e = z/|z| and e1 = z1/|z1|
+    """
+    w = torch.as_tensor(w).to(z).reshape(-1, 1)
+    (n, n1), e = (v.flatten(1).norm(dim=1, keepdim=True) for v in (z, z1)), z.flatten(1)
+    e, e1 = e / n, z1.flatten(1) / n1
+    a = 2 * torch.atan2((e - e1).norm(dim=1, keepdim=True), (e + e1).norm(dim=1, keepdim=True))
+    if bool((a > math.pi - 1e-6).any()):
+        raise ValueError(
+            "the latents point in opposite directions, between which there is no one way; take another pair"
+        )
+    arc = torch.where(a < 1e-6, 1 - w, torch.sin((1 - w) * a) / torch.sin(a)) * e
+    arc = arc + torch.where(a < 1e-6, w, torch.sin(w * a) / torch.sin(a)) * e1
+    return ((n * (1 - w) + n1 * w) * arc).reshape(z.shape)
+
+
 def solve(
     rhs: Field,
     y: Tensor,
@@ -108,11 +142,15 @@ def solve(
     atol: float,
     steps: int,
     rows: Rows | None = None,
+    adjoint: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
-    """dy/du = rhs(u, y) from u to u1; y (B, ...); u () or (B,); rows(index) is rhs of some rows of y."""
+    """dy/du = rhs(u, y) from u to u1; y (B, ...); u () or (B,); rows(index) is rhs of some rows of y.
+
+    adjoint: backwards by a second solve, in y and in these tensors (torchdiffeq's methods only)
+    """
     if method in OWN_STEPS:
         pair = PAIRS[method.removeprefix(EACH).removeprefix(":") or "dopri5"]
-        return solve_each(rhs, y, float(u), float(u1), pair=pair, rtol=rtol, atol=atol, rows=rows)
+        return solve_each(rhs, y, float(u), float(u1), pair=pair, rtol=rtol, atol=atol, rows=rows)[0]
     ends = torch.stack([u, u1]).to(y.device, torch.float32 if y.device.type == "mps" else torch.float64)
     options: dict[str, Any] = {}
     if method in ADAPTIVE:
@@ -126,7 +164,13 @@ def solve(
         names = ", ".join((EACH, *ADAPTIVE, *FIXED, *OWN_STEPS[1:]))
         raise ValueError(f"unknown method {method!r}; choose one of {names}")
     try:
-        out = torchdiffeq.odeint(rhs, y, grid, method=method, rtol=rtol, atol=atol, options=options)
+        if adjoint is None:
+            out = torchdiffeq.odeint(rhs, y, grid, method=method, rtol=rtol, atol=atol, options=options)
+        else:
+            out = torchdiffeq.odeint_adjoint(
+                rhs, y, grid, method=method, rtol=rtol, atol=atol, options=options, adjoint_params=adjoint,
+                adjoint_options={},
+            )  # fmt: skip
     except AssertionError as err:
         if "underflow in dt" not in str(err):
             raise

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresde.adaptive import rows_of
 from scoresde.convert import KINDS, line
 from scoresde.types import SDE, Score, like
 
@@ -200,10 +201,15 @@ def counted(score: Score) -> "Counted":
 class Counted:
     """See `counted`."""
 
-    def __init__(self, score: Score) -> None:
-        self.score, self.calls, self.samples = score, 0, 0
+    def __init__(self, score: Score, whole: "Counted | None" = None) -> None:
+        self.score, self.whole, self.calls, self.samples = score, whole or self, 0, 0
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        self.calls += 1
-        self.samples += len(x)
+        self.whole.calls += 1
+        self.whole.samples += len(x)
         return self.score(x, t)
+
+    def rows(self, index: Tensor) -> "Counted | None":
+        """Some rows of the score, if it has such a thing; what they are asked counts here."""
+        some = rows_of(self.score, index)
+        return None if some is None else Counted(some, self.whole)

@@ -14,16 +14,14 @@ Every case is named by a test or by this table (`test_reference_sde.py` checks i
     diffusers/golden_ddim_inverse       also runs upwards in noise
     diffusers/mix_ddim_inverse_10       runs upwards in noise, model told the end of the step; samplers only go down
     kdiff/fid_kid                       distances of distributions: not in the library yet
-    gd/bound                            variational bound of a discrete chain: not in the library
-    gd/discretized_loglik               part of the same bound
     gd/ddim_reverse_25                  runs upwards in noise
 
 Left out within a case:
     gd/one_step              learned variances; the large variance of i = 0, borrowed from i = 1; conditioned_mean
+    gd/bound                 learned variances; the mse and xstart_mse columns
     gd/training_losses       terms with a variational bound; PREVIOUS_X
     kdiff/discrete_wrapper   values between labels: they interpolate log sigma, we log alpha_bar
     diffusers/mix_pndm_skip_10   the state inside the first step; a last call whose step goes nowhere
-    ssde/likelihood_subvp    with its Gaussian probe; ours are signs
     ssde/ode_*, likelihood_* the default runs, which carry RK45's error of 1e-4
     tde/flow_*               unpinned_*: our flow always lands on the end
     edm/ablation_*           churned Heun in the path's own time; with sigma = t, scale 1 it is ours

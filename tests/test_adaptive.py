@@ -120,7 +120,7 @@ def solve(rates, size, u1=3.0, start=1.0, **more):
         calls += 1
         return rates[:, None] * y
 
-    y = solve_each(rhs, torch.full((len(rates), size), start, dtype=F64), 0.0, u1, **more)
+    y = solve_each(rhs, torch.full((len(rates), size), start, dtype=F64), 0.0, u1, **more)[0]
     return (y / (start * torch.exp(rates * u1))[:, None] - 1).abs().amax(1), calls
 
 
@@ -163,13 +163,13 @@ def test_rejected_steps_are_repeated_smaller():
     def rhs(u, y):
         return -500 * (y - torch.cos(u)[:, None])
 
-    y = solve_each(rhs, torch.zeros(1, 1, dtype=F64), 0.0, 3.0, rtol=1e-7, atol=1e-7)
+    y = solve_each(rhs, torch.zeros(1, 1, dtype=F64), 0.0, 3.0, rtol=1e-7, atol=1e-7)[0]
     L = 500.0  # y = (L^2 cos u + L sin u)/(1 + L^2), the transient has died
     assert float(y) == pytest.approx((L**2 * math.cos(3) + L * math.sin(3)) / (1 + L**2), abs=1e-7)
 
 
 def test_both_directions():
-    y = solve_each(lambda u, y: -y, torch.ones(1, 1, dtype=F64), 2.0, 0.0, rtol=1e-9, atol=1e-9)
+    y = solve_each(lambda u, y: -y, torch.ones(1, 1, dtype=F64), 2.0, 0.0, rtol=1e-9, atol=1e-9)[0]
     assert float(y) == pytest.approx(math.exp(2), rel=1e-8)
 
 
@@ -186,15 +186,15 @@ def test_arrived_rows_leave():
 
     whole = torch.arange(3)
     y = tensor([[1.0, 2.0], [-1.0, 0.5], [3.0, 3.0]])
-    out = solve_each(field(whole), y, 0.0, 3.0, rtol=1e-6, atol=1e-6, rows=field)
+    out = solve_each(field(whole), y, 0.0, 3.0, rtol=1e-6, atol=1e-6, rows=field)[0]
     cost = [seen.count(i) for i in range(3)]
     seen.clear()
-    stay = solve_each(field(whole), y, 0.0, 3.0, rtol=1e-6, atol=1e-6)
+    stay = solve_each(field(whole), y, 0.0, 3.0, rtol=1e-6, atol=1e-6)[0]
     assert torch.equal(out, stay)
     assert [seen.count(i) for i in range(3)] == [max(cost)] * 3
     for i in range(3):
         seen.clear()
-        alone = solve_each(field(torch.tensor([i])), y[i : i + 1], 0.0, 3.0, rtol=1e-6, atol=1e-6)
+        alone = solve_each(field(torch.tensor([i])), y[i : i + 1], 0.0, 3.0, rtol=1e-6, atol=1e-6)[0]
         assert torch.equal(alone[0], out[i])
         assert len(seen) == cost[i]
     assert cost[1] < cost[2] < cost[0]
@@ -295,3 +295,30 @@ def test_worst_sample_within_three_tolerances_at_no_more_calls_than_torchdiffeq(
 
 def worst(x, want):
     return float((x - want).square().mean(1).sqrt().max())
+
+
+@pytest.mark.parametrize("name", ["bosh3", "dopri5", "tsit5"])
+def test_inside_a_step(name):
+    """Hermite's cubic at the nodes, each row at its own times; all nodes, in either direction."""
+    nodes = torch.linspace(0.05, 1.95, 40, dtype=F64)
+    for u, u1 in ((0.0, 2.0), (2.0, 0.0)):
+        errors = []
+        for tol in (1e-3, 1e-6, 1e-9):
+            start = tensor([[math.cos(r * u), -math.sin(r * u)] for r in (1.0, 3.0)])
+            rates = tensor([[1.0], [3.0]])
+
+            def rhs(u, y, rates=rates):
+                return rates * torch.stack([y[:, 1], -y[:, 0]], 1)
+
+            _, at = solve_each(rhs, start, u, u1, pair=PAIRS[name], rtol=tol, atol=tol, nodes=nodes)
+            want = torch.stack([torch.cos(nodes[:, None] * rates[:, 0]), -torch.sin(nodes[:, None] * rates[:, 0])], 2)
+            errors.append(float((at - want).abs().max()))
+        assert errors[-1] < 1e-3 * errors[0]
+        assert errors[-1] < 1e-6
+
+
+def test_a_scale_divides_the_error():
+    """What is allowed is multiplied by scale: a thousandth costs as much as a tolerance of a thousandth."""
+    plain = [solve([-1.0, -2.0], 1, rtol=0.0, atol=tol)[1] for tol in (1e-3, 1e-6)]
+    scaled = solve([-1.0, -2.0], 1, rtol=0.0, atol=1e-3, scale=lambda u, y, dy: torch.full((2,), 1e-3, dtype=F64))[1]
+    assert plain[0] < plain[1] == scaled

@@ -8,7 +8,7 @@ from torchdiffeq._impl.odeint import SOLVERS
 from truth import F64, SDES, gaussian_map, gaussian_score, marginal, order, tensor, warped_grid
 
 from samplers import ode
-from scoresde import VP, counted, flow, gaussian, mixture
+from scoresde import VP, between, counted, decode, encode, flow, gaussian, mixture
 from scoresde.flow import ADAPTIVE, EACH, FIXED
 
 M, V = tensor(0.7, -1.0), tensor(0.25, 2.0)
@@ -180,3 +180,33 @@ def test_ode_adaptive(name, method):
     x = m + v.sqrt() * tensor([[-1.0, 2.0], [0.1, 0.0]])
     out = ode(gaussian_score(sde), sde, x, ts, method=method, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(out, gaussian_map(sde, x, *ts), rtol=2e-6, atol=2e-6)
+
+
+def test_there_and_back_is_measured():
+    """`encode` tells the error of its round trip: the true one, falling with the tolerance."""
+    sde, target = VP(), gaussian(tensor([0.4, -1.0]), cov=tensor([[1.0, 0.5], [0.5, 0.6]]))
+    x, errors = target.sample(6), []
+    for tol in (1e-3, 1e-5, 1e-7):
+        z, error = encode(target.score(sde), sde, x, t=0.01, rtol=tol, atol=tol)
+        back = decode(target.score(sde), sde, z, t=0.01, rtol=tol, atol=tol)
+        torch.testing.assert_close(error, (back - x).square().mean(1).sqrt())
+        errors.append(float(error.max()))
+    assert errors[0] > 10 * errors[1] > 100 * errors[2]
+    assert errors[1] < 1e-4
+
+
+def test_between_latents():
+    """A great circle: equal angles for equal parts, lengths linear, ends kept; a pair that points apart is refused."""
+    z, z1 = tensor([[3.0, 0.0, 0.0], [1.0, 2.0, 2.0]]), tensor([[0.0, 1.0, 0.0], [2.0, 4.0, 4.0]])
+    for w, end in ((0.0, z), (1.0, z1)):
+        torch.testing.assert_close(between(z, z1, w), end)
+    third = between(z, z1, 1 / 3)
+    length = 3 * 2 / 3 + 1 / 3
+    want = tensor([length * math.cos(math.pi / 6), length * math.sin(math.pi / 6), 0.0])
+    torch.testing.assert_close(third[0], want)
+    torch.testing.assert_close(third[1], z[1] * 4 / 3)  # the same direction
+    torch.testing.assert_close(
+        between(z.reshape(2, 1, 3), z1.reshape(2, 1, 3), tensor([1 / 3, 1.0]))[:, 0], torch.stack([third[0], z1[1]])
+    )
+    with pytest.raises(ValueError, match="opposite directions"):
+        between(z, -z, 0.5)

@@ -271,7 +271,7 @@ def test_every_rule_runs_under_every_sampler_and_under_likelihood(rule):
         for i in range(3):
             hand = sampler(score, SDE, hand, ts[i : i + 2], noise=torch.zeros_like, **whole)
         close(sampler(score, SDE, x, ts, noise=torch.zeros_like, **whole), hand, 1e-11)
-    exact = log_prob(score, SDE, X, t=0.05, rtol=1e-6, atol=1e-6)
+    exact = log_prob(score, SDE, X, t=0.05, tol=1e-6)
     rk4 = log_prob(score, SDE, X, t=0.05, method="rk4", steps=200)
     close(exact, rk4, 1e-4)
 

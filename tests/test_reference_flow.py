@@ -12,6 +12,7 @@ from samplers import euler_maruyama, flow_euler, ode, reverse_diffusion
 from scoresde import EDM, VE, VP, DiscreteVP, bits_per_dim, counted, flow, linear_betas, log_prob, velocity
 
 TIGHT = {"method": "dopri8", "rtol": 1e-11, "atol": 1e-11}
+LOG = {"method": "dopri8", "tol": 1e-11}
 EACH = {"method": "each", "rtol": 1e-10, "atol": 1e-10}
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
 
@@ -52,8 +53,8 @@ def test_ode_sampler(name):
 def test_likelihood(name):
     """Bits per dimension of score_sde, data at t = eps as they are.
 
-    Exact trace and latent (DOP853 at 1e-12), and the tight run with their probe, agree to the case's 1e-9.  Sub-VP's
-    probe is Gaussian, and ours are signs, so there only the exact trace is compared.
+    Exact trace and latent (DOP853 at 1e-12), and the tight run with their probe v, agree to the case's 1e-9.  Sub-VP's
+    v is Gaussian: they estimate the trace of f I too, by f |v|^2, where ours has f D.
     """
     case = load(name)
     sde, eps, x = case.sde(), case.params["eps"], case["in_data"]
@@ -63,13 +64,17 @@ def test_likelihood(name):
     case.check(latent, "out_latent_exact")
     case.check(latent, "out_latent_tight")
     case.check(target.log_prob(x, sde, times(eps)[0]), "out_logp_true_marginal")
-    logp = log_prob(score, sde, x, t=eps, **TIGHT)
+    logp = log_prob(score, sde, x, t=eps, **LOG)
     case.check(logp, "out_logp_exact_trace")
+    apart = log_prob(score, sde, x, t=eps, tol=1e-6, d=0.5)
+    case.check(bits_per_dim(apart, D, 2 / 256), "out_bpd_centered_exact_trace", rtol=0, atol=2e-5)
     case.check(bits_per_dim(logp, D, 2 / 256), "out_bpd_centered_exact_trace")
-    if case.params["probe_type"] == "Rademacher":
-        probed = log_prob(score, sde, x, t=eps, probes=1, noise=lambda x: case["in_probe"], **TIGHT)
-        case.check(bits_per_dim(probed, D, 2 / 256), "out_bpd_centered_tight")
-        case.check(bits_per_dim(probed, D, 1 / 256), "out_bpd_plain_tight")
+    v, kind = case["in_probe"], case.params["probe_type"].lower()
+    probed = log_prob(score, sde, x, t=eps, probes=1, kind=kind, noise=lambda x: v, **LOG)
+    f = torch.log(sde.alpha(times(1.0)) / sde.alpha(times(eps)))  # the integral of f
+    probed = probed + (v.flatten(1).square().sum(1) - D) * f
+    case.check(bits_per_dim(probed, D, 2 / 256), "out_bpd_centered_tight")
+    case.check(bits_per_dim(probed, D, 1 / 256), "out_bpd_plain_tight")
 
 
 @pytest.mark.parametrize("name", ["kdiff/log_likelihood", "kdiff/log_likelihood_tight"])
@@ -82,7 +87,7 @@ def test_log_likelihood(name):
     edm = EDM(T=case.params["sigma_max"], t_min=case.params["sigma_min"])
     target, x = case.target(), case["in_x_init"]
     case.check(target.log_prob(x, edm, times(edm.t_min)[0]), "out_logp_exact", rtol=1e-9, atol=1e-11)
-    got = log_prob(target.score(edm), edm, x, probes=1, noise=lambda x: case["in_probe"], **TIGHT)
+    got = log_prob(target.score(edm), edm, x, probes=1, kind="rademacher", noise=lambda x: case["in_probe"], **LOG)
     case.check(got, "out_log_likelihood")
 
 
@@ -115,4 +120,4 @@ def test_torchdiffeq(name):
     case.check(exact, "out_x_dopri8", rtol=1e-5)
     case.check(exact, "out_x_dopri5", rtol=1e-5)
     case.check(flow(score, sde, case["in_x_eps"], eps, 1.0, **TIGHT), "out_latent", rtol=1e-5)
-    case.check(log_prob(score, sde, case["in_x_eps"], t=eps, **TIGHT), "out_logp", rtol=1e-5)
+    case.check(log_prob(score, sde, case["in_x_eps"], t=eps, **LOG), "out_logp", rtol=1e-5)

@@ -23,7 +23,7 @@ from samplers import kernels
 from samplers.kernels import Kernel
 from samplers.loop import check, checked
 from scoresde.adaptive import rows_of
-from scoresde.types import SDE, Noise, Score
+from scoresde.types import SDE, Noise, Score, wide
 
 Round = Callable[[int, Tensor, Tensor], None]
 """(k, x, change) after round k = 1, 2, ...: the states at ts[-1], (B, ...), and by how much each sample's
@@ -208,7 +208,7 @@ def _evaluate(score: Score, X: Tensor, times: Tensor, index: Tensor, chunk: int 
     if rows_of(score, index) is None:
         return torch.stack([checked(score(x, t), x) for x, t in zip(X, times.unbind(), strict=True)])
     flat = X.reshape(N * b, *shape)
-    t = times.to(X.device, torch.float32 if X.device.type == "mps" else torch.float64).repeat_interleave(b)
+    t = times.to(X.device, wide(X)).repeat_interleave(b)
     parts = []
     for rows in torch.arange(N * b, device=X.device).split(chunk or N * b):
         some = rows_of(score, which[rows])

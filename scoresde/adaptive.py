@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scoresde.types import Score, like
+from scoresde.types import Score, like, wide
 
 Field = Callable[[Tensor, Tensor], Tensor]  # (u () or (B,), y (B, ...)) -> dy/du
 Rows = Callable[[Tensor], Field | None]  # the field of these rows, or None if it has no such thing
@@ -184,8 +184,8 @@ def solve_each(
     if u == u1:
         return y, at_nodes + y
     span = u1 - u
-    wide = torch.float32 if y.device.type == "mps" else torch.float64  # that device has no float64
-    at = torch.full((len(y),), u, dtype=wide, device=y.device)
+    real = wide(y)
+    at = torch.full((len(y),), u, dtype=real, device=y.device)
     h, last = torch.full_like(at, span / 32), torch.ones_like(at)
     index, ended = torch.arange(len(y), device=y.device), []
     k1 = rhs(at, y)
@@ -201,9 +201,9 @@ def solve_each(
         allowed = MARGIN * (atol + rtol * torch.maximum(y.abs(), y1.abs()))
         if scale is not None:
             allowed = allowed * like(scale(at, y, k1), y)
-        err = _rms((dy * _sum(pair.E, k) / allowed).detach()).to(wide)
+        err = _rms((dy * _sum(pair.E, k) / allowed).detach()).to(real)
         if pair.E3:
-            other = _rms((dy * _sum(pair.E3, k) / allowed).detach()).to(wide)
+            other = _rms((dy * _sum(pair.E3, k) / allowed).detach()).to(real)
             err = err * err / (err**2 + 0.01 * other**2).sqrt().clamp(min=1e-300)
         finite = torch.isfinite(err)
         accept = finite & (err <= 1)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from scoresde.adaptive import rows_of
 from scoresde.exact import Mixture
-from scoresde.types import SDE, Noise, Score, instant, like, number
+from scoresde.types import SDE, Noise, Score, instant, like, number, wide
 
 Bins = tuple[int, float, float]
 """(levels, low, high): level k is the value low + (k + 1/2) w at the centre of its bin, w = (high - low)/levels."""
@@ -92,13 +92,13 @@ def bounds(
     if not low < high:
         raise ValueError(f"t must lie below T = {sde.T:.6g}, got {float(t0):.6g}; take sde.t_min")
     r2, R2 = math.exp(2 * low), math.exp(2 * high)
-    D, wide = x[0].numel(), x.detach().cpu().double()
-    c, n, d2 = _spectrum(reference, wide, "reference")
+    D, exact = x[0].numel(), x.detach().cpu().double()
+    c, n, d2 = _spectrum(reference, exact, "reference")
     if not bool((c > 0).all()):
         raise ValueError(
             "reference has no density, a variance is 0; add the data's resolution^2 / 12 to its covariance"
         )
-    at_T = _default_prior_kl(sde, tT, wide) if prior is None else _prior_kl(*_spectrum(prior, wide, "prior"), R2)
+    at_T = _default_prior_kl(sde, tT, exact) if prior is None else _prior_kl(*_spectrum(prior, exact, "prior"), R2)
     difference, error = _difference(score, sde, x, reference, _inverse_cdf(c, n, low, high), calls, noise, chunk)
     _finite(difference, "bounds")
     known = c / (c + R2) - c / (c + r2) + torch.log1p(c / r2) - torch.log1p(c / R2)
@@ -108,7 +108,7 @@ def bounds(
     else:
         q = (bins[2] - bins[1]) / bins[0] / math.sqrt(r2)
         reconstruction = _softmax_code(bins[0], q)[level.cpu()].flatten(1).sum(1)
-    immse = difference - reference.log_prob(wide)
+    immse = difference - reference.log_prob(exact)
     terms = (at_T, diffusion, reconstruction, at_T + diffusion + reconstruction, immse, error)
     return Bound(*(q.to(x) for q in terms))
 
@@ -291,7 +291,6 @@ def _difference(
 ) -> tuple[Tensor, Tensor]:
     """int E[|eps - eps_hat|^2 - |eps - eps_G|^2] dlog r and its standard error, (B,) float64 on the CPU."""
     B, strata, (nodes, F) = len(x), calls // 2, cdf
-    wide = torch.float32 if x.device.type == "mps" else torch.float64  # that device has no float64
     p = torch.special.ndtr(noise(torch.empty(B, calls, dtype=torch.float64)))
     p = (torch.arange(strata).repeat_interleave(2) + p) / strata
     cell = torch.searchsorted(F, p).clamp(1, len(F) - 1)
@@ -301,7 +300,7 @@ def _difference(
     several = max(1, chunk // B) if rows_of(score, torch.arange(B)) is not None else 1
     with torch.no_grad():
         for i in range(0, calls, several):
-            at = t[:, i : i + several].to(x.device, wide)
+            at = t[:, i : i + several].to(x.device, wide(x))
             k = at.shape[1]
             index = torch.arange(B, device=x.device).repeat_interleave(k)
             network = (rows_of(score, index) if several > 1 else None) or score

@@ -24,7 +24,7 @@ import torchdiffeq
 from torch import Tensor
 
 from scoresde.adaptive import PAIRS, Field, Rows, rows_of, solve_each
-from scoresde.types import SDE, Score, instant, like
+from scoresde.types import SDE, Score, instant, like, wide
 
 EACH = "each"
 OWN_STEPS = (EACH, *(f"{EACH}:{name}" for name in PAIRS))
@@ -151,7 +151,7 @@ def solve(
     if method in OWN_STEPS:
         pair = PAIRS[method.removeprefix(EACH).removeprefix(":") or "dopri5"]
         return solve_each(rhs, y, float(u), float(u1), pair=pair, rtol=rtol, atol=atol, rows=rows)[0]
-    ends = torch.stack([u, u1]).to(y.device, torch.float32 if y.device.type == "mps" else torch.float64)
+    ends = torch.stack([u, u1]).to(y.device, wide(y))
     options: dict[str, Any] = {}
     if method in ADAPTIVE:
         grid = ends

@@ -45,7 +45,7 @@ from scoresde.flow import ADAPTIVE, FIXED, OWN_STEPS, radius, solve
 from scoresde.line import Line
 from scoresde.quadrature import adams, clenshaw_curtis, derivative, fejer
 from scoresde.sde import prior_log_prob
-from scoresde.types import SDE, Noise, Score, instant, like, number
+from scoresde.types import SDE, Noise, Score, instant, like, number, wide
 
 APART, MULTISTEP, CURVE = "apart", "multistep", "curve"
 ROWS = 256  # of one network call that several nodes share
@@ -155,7 +155,7 @@ def _apart(
 ) -> Change:
     most = most or (LEVELS[-1] if draw is None else LEVELS[2])
     u = line.at(fejer(most)[0])
-    B, D, wide = len(x), x[0].numel(), torch.float32 if x.device.type == "mps" else torch.float64
+    B, D, real = len(x), x[0].numel(), wide(x)
 
     def rows(index: Tensor) -> Field | None:
         some = rows_of(score, index)
@@ -168,12 +168,12 @@ def _apart(
         rtol=0.0,
         atol=tol / MARGIN,
         rows=rows,
-        nodes=u.to(x.device, wide),
+        nodes=u.to(x.device, real),
         scale=line.unit,
         pair=PAIRS["bosh3"],
     )
-    div = x.new_zeros(most, B, dtype=wide)
-    value, before = x.new_full((B,), math.nan, dtype=wide), x.new_full((B,), math.nan, dtype=wide)
+    div = x.new_zeros(most, B, dtype=real)
+    value, before = x.new_full((B,), math.nan, dtype=real), x.new_full((B,), math.nan, dtype=real)
     error, used = value.clone(), torch.zeros(B, dtype=torch.long, device=x.device)
     running = torch.arange(B, device=x.device)
     levels = [n for n in LEVELS if n <= most] if draw is None else [most]
@@ -181,7 +181,7 @@ def _apart(
         step = (most + 1) // (n + 1)
         new = range(step - 1, most, step if n == levels[0] else 2 * step)
         found = _divergences(score, line, u, at, list(new), running, draw, chunk)
-        div = div.index_put((torch.tensor(list(new), device=x.device)[:, None], running), found.to(wide))
+        div = div.index_put((torch.tensor(list(new), device=x.device)[:, None], running), found.to(real))
         inner = slice(step - 1, most, step)
         w = fejer(n)[1].to(div) * line.length
         sum_ = (w[:, None] * div[inner][:, running]).sum(0)
@@ -220,7 +220,7 @@ def _divergences(
         here = rows_of(score, running.repeat(len(group))) if len(group) > 1 else some
         v = None if draw is None else torch.cat([draw(k)[:, running] for k in group], 1)
         z = torch.cat([at[k, running] for k in group])
-        when = u[group].to(z.device, torch.float64).repeat_interleave(A) if len(group) > 1 else u[group[0]]
+        when = u[group].to(z.device, wide(z)).repeat_interleave(A) if len(group) > 1 else u[group[0]]
         assert here is not None
         out.append(line.both(here, when, z, v, chunk)[1].reshape(len(group), A))
     return torch.cat(out)

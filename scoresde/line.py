@@ -60,7 +60,7 @@ class Line:
     def unit(self, u: Tensor, z: Tensor, dz: Tensor) -> Tensor:
         """What an error of z is measured by, (B,): sigma/rho, the noise, or less where sigma |s| (RMS) is above 1."""
         t, rho, b = self.coefficients(u)
-        noise = (self.sde.sigma(t) / rho).to(z)
+        noise = self.sde.sigma(t) / rho
         return noise / (noise * (like(rho / b, z) * dz + z).flatten(1).square().mean(1).sqrt()).clamp(min=1.0)
 
     def both(
@@ -74,7 +74,7 @@ class Line:
         D = z[0].numel()
         return (
             -like(b, z) * (s + y / like(rho**2, z)),
-            -(b * rho).to(z) * (trace + (D / rho**2).to(z)),
+            -like(b * rho, trace) * (trace + like(D / rho**2, trace)),
             like(rho, z) * s,
         )
 

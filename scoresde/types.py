@@ -54,6 +54,11 @@ def like(c: Tensor, x: Tensor) -> Tensor:
     return c.to(x).reshape(-1, *[1] * (x.ndim - 1))  # (B, 1, ..., 1)
 
 
+def wide(x: Tensor) -> torch.dtype:
+    """float64, or float32 on the device that has no other."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
 def number(t: float | Tensor) -> Tensor:
     """A time as a float64 tensor on the CPU, unless it is a tensor already."""
     return t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)

@@ -1,12 +1,13 @@
 """Guidance weights: a number, one for each sample, or a function of the noise level; and where they act."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from scoresde.types import SDE, like
+from scoresde.model import evaluate
+from scoresde.types import SDE, Score, like
 
 Weight = float | Tensor | Callable[[Tensor], Tensor]
 """A number, (B,), or a function of r = sigma/alpha (for VE and EDM that is sigma), applied elementwise."""
@@ -52,3 +53,58 @@ def acting(interval: Interval | None, sde: SDE | None, t: Tensor) -> bool | Tens
     if inside.ndim == 0 or bool(inside.all()) or not bool(inside.any()):
         return bool(inside.all())
     return inside
+
+
+def inside(interval: Interval | None, sde: SDE | None, scores: Sequence[Score], rule: Callable[..., Tensor]) -> Score:
+    """rule(x, t, s_1, s_2, ...) inside the interval, s_1 alone outside.
+
+    Network calls: one for all `Model`s of the same network, one for each other score; one outside.
+    """
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        act = acting(interval, sde, t)
+        if act is False:
+            return scores[0](x, t)
+        values = evaluate(scores, x, t)
+        return chosen(act, rule(x, t, *values), values[0])
+
+    return guided
+
+
+def chosen(act: bool | Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a where the rule acts, b elsewhere; sample by sample."""
+    if isinstance(act, bool):
+        return a if act else b
+    return torch.where(like(act, a).bool(), a, b)
+
+
+def is_number(w: Weight, value: float) -> bool:
+    """w is this plain number (a tensor or a function is not looked into)."""
+    return not isinstance(w, Tensor) and not callable(w) and w == value
+
+
+def plus_plus(lam: float, sde: SDE, ts: Tensor) -> Weight:
+    """CFG++ as a weight of `cfg` for DDIM on the grid ts: w = lam r/(r - r1), r = sigma/alpha   (Chung 2024).
+
+    CFG++ denoises with eps_u + lam (eps_c - eps_u) and renoises with eps_u:
+        x1 = alpha1 (x - sigma (eps_u + lam (eps_c - eps_u)))/alpha + sigma1 eps_u
+    which is DDIM's step with eps_u + w (eps_c - eps_u).
+
+    lam: in [0, 1] in the paper; 0 is unconditional, (r - r1)/r conditional
+    ts:  the grid of the run; between its times w is that of the step
+
+    On any other sampler this is a weight, but not CFG++.  Bias: w grows with the number of steps (on a
+    grid geometric in r with ratio q it is lam/(1 - q), plain CFG), so no law is approached as they grow.
+    """
+    r = torch.exp(-sde.lam(ts))
+    if not math.isfinite(lam):
+        raise ValueError(f"lam must be finite, got {lam}")
+    if ts.ndim != 1 or not bool((r.diff() < 0).all()):
+        raise ValueError(f"ts must be the decreasing grid of the run, (N+1,), got shape {tuple(ts.shape)}")
+    level, w = r[:-1].flip(0), (lam * r[:-1] / (r[:-1] - r[1:])).flip(0)
+
+    def weight(r: Tensor) -> Tensor:
+        i = torch.searchsorted(level.to(r), r * (1 - 1e-6)).clamp(max=len(w) - 1)
+        return w.to(r)[i]
+
+    return weight

@@ -11,6 +11,7 @@ from samplers.auto import auto, choose, load_fitted
 from samplers.brownian import brownian
 from samplers.calibrated import Calibration, calibrate, calibrated, load_calibration
 from samplers.fitted import FittedGrid, fit_grid, load_grid
+from samplers.girsanov import girsanov
 from samplers.grids import perturb
 from samplers.heun import heun
 from samplers.langevin import annealed, langevin, predictor_corrector
@@ -55,8 +56,8 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 __all__ = [
     "SAMPLERS", "Calibration", "FittedGrid", "ancestral", "angle", "annealed", "auto", "brownian", "calibrate",
     "calibrated", "choose", "ddim", "deis", "dpm_solver", "dpmpp", "er_sde", "euler_maruyama", "exponential",
-    "exponential_euler", "fit_grid", "flow_euler", "gotta_go_fast", "grids", "heun", "hooks", "kernels", "langevin",
-    "load_calibration", "load_fitted", "load_grid", "midpoint", "multistep", "ode", "parallel", "perturb", "pndm",
-    "preconditioned", "predictor_corrector", "ralston", "restart", "reverse_diffusion", "sa_solver", "sde_dpmpp",
-    "seeds", "singlestep", "unipc",
+    "exponential_euler", "fit_grid", "flow_euler", "girsanov", "gotta_go_fast", "grids", "heun", "hooks", "kernels",
+    "langevin", "load_calibration", "load_fitted", "load_grid", "midpoint", "multistep", "ode", "parallel", "perturb",
+    "pndm", "preconditioned", "predictor_corrector", "ralston", "restart", "reverse_diffusion", "sa_solver",
+    "sde_dpmpp", "seeds", "singlestep", "unipc",
 ]  # fmt: skip

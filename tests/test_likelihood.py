@@ -28,6 +28,7 @@ from scoresde import (
 )
 from scoresde.flow import ADAPTIVE, FIXED
 from scoresde.likelihood import LEVELS
+from scoresde.line import Line
 from scoresde.quadrature import clenshaw_curtis, derivative, fejer
 
 M, C = tensor(0.4, -1.0, 0.2), tensor([[1.0, 0.5, 0.1], [0.5, 0.6, 0.0], [0.1, 0.0, 0.3]])
@@ -239,10 +240,38 @@ def test_what_the_quadrature_says_it_left():
         error = (got.log_p - fine.log_p).abs()
         assert (error <= got.error + 1e-5).double().mean() > 0.95
         assert (got.nodes <= most).all()
+    v7, v15, v31 = (change(score, sde, x, 1e-3, 1.0, tol=1e-7, d=0.7, nodes=n) for n in (7, 15, 31))
+    step, last = (v31.log_p - v15.log_p).abs(), (v15.log_p - v7.log_p).abs()
+    torch.testing.assert_close(v31.error, step * (step / last).clamp(max=1.0))
+    torch.testing.assert_close(v15.error, last)
+    assert v7.error.isnan().all()
     loose = change(score, sde, x, 1e-3, 1.0, tol=1e-2, d=0.7)
     assert len(set(loose.nodes.tolist())) > 1
     assert set(loose.nodes.tolist()) <= set(LEVELS)
     assert (loose.error <= 2 * 1e-2).all()
+
+
+def test_the_unit_of_a_path_error():
+    """Errors of x in units of the noise, or of 1/|s| where sigma |s| (RMS) is above 1; the field against dx/dt."""
+    sde, d, t = VP(), 0.7, tensor(0.2)
+    line = Line(sde, d, tensor(0.01), tensor(1.0))
+    a, s = sde.alpha(t), sde.sigma(t)
+    rho, u = torch.hypot(a * d, s), torch.atan(s / a / d).sqrt()
+    torch.testing.assert_close(line.time(u), t)
+    for size in (0.1, 30.0):
+        x = size * X
+        score = FULL.score(sde)(x, t)
+        dz = line.velocity(FULL.score(sde))(u, x / rho)
+        du = tensor(1e-6)
+        t1 = line.time(u + du)
+        flow = sde.drift(t) * x - 0.5 * sde.diffusion(t) ** 2 * score  # dx/dt
+        dx = (x + flow * (t1 - t)) / torch.hypot(sde.alpha(t1) * d, sde.sigma(t1)) - x / rho
+        torch.testing.assert_close(dz, dx / du, rtol=1e-4, atol=1e-4)
+        pull = (s * score).square().mean(1).sqrt()
+        torch.testing.assert_close(line.unit(u, x / rho, dz), s / rho / pull.clamp(min=1.0))
+    assert pull.min() > 1
+    torch.testing.assert_close(line.at(tensor(0.0, 1.0)), torch.stack(line.ends))
+    torch.testing.assert_close(line.time(torch.stack(line.ends)), tensor(0.01, 1.0))
 
 
 def test_one_network_call_a_node():

@@ -1,0 +1,222 @@
+"""What a guided flow or chain really samples, against Gaussians, where everything is known."""
+
+import math
+
+import pytest
+import torch
+from scipy.integrate import solve_ivp
+from truth import F64, Draws, gaussian_score, log_snr_grid, marginal, moments, tensor
+
+import guidance
+from experiments import certificate as study
+from guidance.certificate import certify
+from samplers import ancestral, euler_maruyama, girsanov, kernels
+from scoresde import VP, Streams, gaussian, mixture
+
+SDE, T0 = VP(), 0.01
+MEAN, VAR, WIDE = 0.6, 0.8, 1.2  # a class N(MEAN, VAR) inside N(0, WIDE), in each dimension
+
+
+def rule(w):
+    return guidance.cfg(gaussian_score(SDE, MEAN, VAR), gaussian_score(SDE, 0.0, WIDE), w)
+
+
+def tilted(w, t=T0):
+    """Mean and variance of p_c^w p_u^(1-w) at t, in each dimension, and log of its integral."""
+    (m, v), (m1, v1) = marginal(SDE, t, 0.0, WIDE), marginal(SDE, t, MEAN, VAR)
+    precision = w / v1 + (1 - w) / v
+    centre = (w * m1 / v1 + (1 - w) * m / v) / precision
+    log_z = -0.5 * (w * (m1**2 / v1 + torch.log(2 * math.pi * v1)) + (1 - w) * (m**2 / v + torch.log(2 * math.pi * v)))
+    return centre, 1 / precision, log_z + 0.5 * precision * centre**2 + 0.5 * torch.log(2 * math.pi / precision)
+
+
+def sampled(w):
+    """Mean and variance of what the guided flow makes of N(0, 1) at T: a linear ODE, by another program's solver."""
+
+    def rhs(t, y):  # y = (mean, gain)
+        (m, v), (m1, v1) = marginal(SDE, t, 0.0, WIDE), marginal(SDE, t, MEAN, VAR)
+        slope, offset = float(w / v1 + (1 - w) / v), float(w * m1 / v1 + (1 - w) * m / v)
+        f, g2 = float(SDE.drift(tensor(t))), float(SDE.diffusion(tensor(t))) ** 2
+        return [(f + 0.5 * g2 * slope) * y[0] - 0.5 * g2 * offset, (f + 0.5 * g2 * slope) * y[1]]
+
+    end = solve_ivp(rhs, (1.0, T0), [0.0, 1.0], method="DOP853", rtol=1e-11, atol=1e-12).y[:, -1]
+    return tensor(end[0]), tensor(end[1] ** 2)
+
+
+def divergence(w, D):
+    """KL(q || pi) in D dimensions."""
+    (m, v), (m1, v1, _) = sampled(w), tilted(w)
+    return float(0.5 * D * (v / v1 + (m - m1) ** 2 / v1 - 1 - torch.log(v / v1)))
+
+
+def log_tilted(w):
+    def log_f(x):
+        (m, v), (m1, v1) = marginal(SDE, T0, 0.0, WIDE), marginal(SDE, T0, MEAN, VAR)
+        u, c = (torch.distributions.Normal(a, b.sqrt()).log_prob(x).sum(1) for a, b in ((m, v), (m1, v1)))
+        return (1 - w) * u + w * c
+
+    return log_f
+
+
+def certificate(w, D, n, seed, **how):
+    return certify(rule(w), SDE, Streams(seed, n)(torch.empty(n, D, dtype=F64)), log_tilted(w), t=T0, **how)
+
+
+@pytest.mark.parametrize(("w", "D", "n"), [(2.0, 2, 4000), (3.0, 2, 8000), (1.3, 64, 4000)])
+def test_divergence_in_closed_form(w, D, n):
+    """KL to 0.01 nats; Z and the effective samples too.  One sign probe is the exact trace of these Jacobians."""
+    how = {"method": "multistep", "steps": 64, "probes": 1, "kind": "rademacher"}
+    got, want = certificate(w, D, n, 1, **how), divergence(w, D)
+    m1, v1, log_z = tilted(w)
+    assert got.kl_error < 0.01
+    assert abs(got.kl - want) < 3 * got.kl_error + 1e-3
+    x = Streams(1, n)(torch.empty(n, D, dtype=F64))
+    known = certify(rule(w), SDE, x, lambda x: log_tilted(w)(x) - D * log_z, t=T0, normalised=True, **how)
+    assert known.log_z == 0
+    assert abs(known.kl - want) < 3 * known.kl_error + 1e-3
+    weights = (got.log_w - D * log_z).exp()  # mean 1
+    assert abs(float(weights.mean()) - 1) < 4 * float(weights.std()) / n**0.5 + 1e-3
+    assert got.log_z == pytest.approx(D * float(log_z) + math.log(float(weights.mean())), abs=1e-9)
+    assert "nats" in str(got)
+    assert "trust" not in str(got)
+    if w == 2:  # 1/ess -> E w^2 / (E w)^2 = E_pi[pi/q]: a Gaussian integral
+        m, v = sampled(w)
+        a, b = 2 / v1 - 1 / v, 2 * m1 / v1 - m / v
+        second = torch.sqrt(v) / v1 / a.sqrt() * torch.exp(0.5 * (b**2 / a - 2 * m1**2 / v1 + m**2 / v))
+        assert got.ess / n == pytest.approx(float(second) ** -D, rel=0.05)
+
+
+def test_off_is_exact():
+    """w = 1 samples the class, up to the prior: nothing to certify but 1e-3 nats."""
+    got = certificate(1.0, 2, 500, 2, tol=1e-5)
+    assert abs(got.kl) < 3e-3
+    assert got.ess > 499
+    assert got.tail == -math.inf
+
+
+def test_reweighted_averages():
+    """Over 100 repeats means under the target are right, to three standard errors; the plain ones are not."""
+    w, D, n = 2.0, 2, 300
+    m, v, log_z = tilted(w)
+    values, plain, shared = [], [], []
+    for seed in range(100):
+        x = Streams(10 + seed, n)(torch.empty(n, D, dtype=F64))
+        got = certify(
+            rule(w), SDE, x, lambda x: log_tilted(w)(x) - D * log_z, t=T0, normalised=True, method="multistep", steps=16
+        )
+        mean, error = got.average(torch.stack([got.x, got.x**2], 1))
+        values.append((mean - torch.stack([m, v + m**2])[:, None]) / error)
+        plain.append((got.x**2).mean(0))
+        shared.append(
+            got._replace(normalised=False, log_z=float(got.log_w.logsumexp(0)) - math.log(n)).average(got.x)[0]
+        )
+    z = torch.stack(values)
+    assert (z.mean(0) * 10).abs().max() < 3
+    assert z.std().item() == pytest.approx(1, abs=0.15)
+    assert (z.abs() < 3).double().mean() > 0.98
+    plain, shared = torch.stack(plain), torch.stack(shared)
+    assert ((plain.mean(0) - v - m**2) / (plain.std(0) / 10)).abs().min() > 5
+    assert ((shared.mean(0) - m) / (shared.std(0) / 10)).abs().max() < 3
+
+
+def test_heavy_weights_are_told():
+    """1/ess = E w^2 is infinite where q's variance is below half the target's: the tail says so, and ess does not."""
+    narrow = gaussian_score(SDE, 0.0, 0.3)
+    got = {}
+    for var in (0.35, 0.9):
+
+        def log_f(x, var=var):
+            m, v = marginal(SDE, T0, 0.0, var)
+            return torch.distributions.Normal(m, v.sqrt()).log_prob(x).sum(1)
+
+        x = Streams(3, 4000)(torch.empty(4000, 1, dtype=F64))
+        got[var] = certify(narrow, SDE, x, log_f, t=T0, method="multistep", steps=12)
+    assert got[0.35].tail < 0.5
+    assert got[0.9].tail > 0.5
+    assert "trust" in str(got[0.9]._replace(tail=0.8))
+
+
+def test_error_of_an_average_covers():
+    """The printed standard error is the spread over repeats."""
+    draws = [certificate(2.0, 1, 400, 500 + k, method="multistep", steps=12) for k in range(60)]
+    means, errors = zip(*[d.average(d.x) for d in draws], strict=True)
+    assert float(torch.stack(errors).mean() / torch.stack(means).std()) == pytest.approx(1, abs=0.25)
+    assert sum(d.kl_error for d in draws) / 60 == pytest.approx(float(tensor([d.kl for d in draws]).std()), rel=0.3)
+
+
+@pytest.mark.parametrize("kernel", [kernels.ancestral, kernels.euler_maruyama, kernels.reverse_diffusion])
+def test_weights_of_paths(kernel):
+    """Paths of one Gaussian's chain, weighted, have the exact moments of another's chain, whatever the steps."""
+    n, ts = 40_000, log_snr_grid(SDE, 6, 0.8, 0.05)
+    x = Streams(4, 8)(torch.empty(8, n // 8, dtype=F64)).reshape(n, 1) * 1.05
+    x1, log_w = girsanov(
+        gaussian_score(SDE, 0.1, 0.6), gaussian_score(SDE, 0.0, 0.5), SDE, x, ts, kernel=kernel,
+        noise=Draws(lambda i, x: Streams(20 + i, 1)(x[None])[0]),
+    )  # fmt: skip
+    w = log_w.exp()
+    sampler = {kernels.ancestral: ancestral, kernels.euler_maruyama: euler_maruyama}.get(kernel)
+    assert abs(float(w.mean()) - 1) < 4 * float(w.std()) / n**0.5
+    if sampler is not None:
+        A, C = chain(sampler, ts, 0.0, 0.5)
+        want = A * 1.05**2 + C
+        got = w * x1[:, 0] ** 2
+        assert abs(float(got.mean()) - want) < 4 * float(got.std()) / n**0.5
+        plain = x1[:, 0] ** 2
+        assert abs(float(plain.mean()) - want) > 4 * float(plain.std()) / n**0.5
+
+
+def chain(sampler, ts, mean, var):
+    """(A^2, C^2) of x1 = A x + noise for the zero-mean chain: exact variance by `moments` at two starts."""
+    out = moments(sampler, SDE, ts, mean, var)[1]
+    v = marginal(SDE, ts[0], mean, var)[1]
+    score = gaussian_score(SDE, mean, var)
+    one = torch.ones(1, 1, dtype=F64)
+    A = float(sampler(score, SDE, one, ts, noise=torch.zeros_like))
+    return A**2, float(out) - A**2 * float(v)
+
+
+def test_small_steps_are_girsanovs():
+    """log dP/dQ against the integral -g (s - s') dW - g^2 |s - s'|^2 dt / 2 along the same noise."""
+    ts = torch.linspace(0.6, 0.3, 1201, dtype=F64)
+    x, draws = tensor([[0.4], [-1.0]]), []
+
+    def noise(x):
+        draws.append(Streams(9, 2)(torch.empty(2, 1201, dtype=F64))[:, len(draws)][:, None])
+        return draws[-1]
+
+    path = []
+    score, other = gaussian_score(SDE, 0.3, 0.6), gaussian_score(SDE, 0.0, 0.5)
+    _, log_w = girsanov(
+        lambda x, t: path.append(x) or score(x, t), other, SDE, x, ts, kernel=kernels.euler_maruyama, noise=noise
+    )
+    want = 0.0
+    for k in range(1200):
+        t, dt = ts[k], ts[k] - ts[k + 1]
+        gap, g = score(path[k], t) - other(path[k], t), SDE.diffusion(t)
+        want = want - g * gap * dt.sqrt() * draws[k] - 0.5 * g**2 * gap**2 * dt
+    torch.testing.assert_close(log_w, want[:, 0], rtol=1e-9, atol=1e-9)
+
+
+def test_what_cannot_be_is_told():
+    target = mixture(torch.ones(2), tensor([[-1.0], [1.0]]), var=tensor([0.1, 0.1]))
+    x = torch.zeros(3, 1, dtype=F64)
+    with pytest.raises(ValueError, match=r"one number a sample, \(3,\), got \(\)"):
+        certify(target.score(SDE), SDE, x, lambda x: x.sum(), t=T0)
+    with pytest.raises(ValueError, match="log_target of sample 0 is nan"):
+        certify(target.score(SDE), SDE, x, lambda x: x[:, 0] * math.nan, t=T0)
+    score = gaussian(tensor([0.0]), var=1.0).score(SDE)
+    with pytest.raises(ValueError, match=r"step 2 of 2 draws no noise.*end the grid above"):
+        girsanov(score, score, SDE, x, tensor(0.5, 0.2, 0.0))
+
+
+def test_the_experiment(tmp_path):
+    """Its claims hold on fewer samples, but for counting noise; its table and picture are written."""
+    claims = study.main(["--quick", "--samples", "600", "--out", str(tmp_path)])
+    assert [c.holds for c in claims[:3]] == [True, True, True]
+    rows = (tmp_path / "certificate.csv").read_text().splitlines()
+    assert rows[0].startswith("rule,w,KL,error,covered")
+    assert len(rows) == 7
+    assert (tmp_path / "certificate.png").read_bytes().startswith(b"\x89PNG")
+    mass, log_z = study.truth(study.three_classes(), 1.0)
+    assert float(mass.sum()) == pytest.approx(1)
+    assert log_z == pytest.approx(0, abs=1e-4)  # w = 1 is a density

@@ -50,7 +50,7 @@ class Size:
     guided: int = 24  # a class
     rated: int = 10_000  # held-out images for bits/dim
     classified: int = 150
-    steps: int = 8  # of RK4
+    steps: int = 8  # a third of the network calls for a likelihood
     heun: int = 14
     mixtures: tuple[int, ...] = (5, 10, 20)  # components of the yardstick
 

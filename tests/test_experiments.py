@@ -14,6 +14,7 @@ import torch
 
 from experiments import fit, likelihood, loop_overhead, quickstart, sample
 from experiments.digits import Judge, load, read_folder, styles, to_levels
+from experiments.rating import VALUE, streams
 from experiments.yardsticks import Features, gaussian_mixture_bits, pixel_bits
 from scoresde import Streams, bits_per_dim, dequantize, log_prob
 from scoresde.checkpoint import load_model, read
@@ -187,24 +188,26 @@ def test_fitted_files_are_used_by_the_sample_script(out, tmp_path, capsys):
 
 
 def test_likelihood_script_is_log_prob_of_dequantised_data(out, tmp_path):
-    """Per-item values recomputed here, by another route to the same flow: the adaptive solver."""
+    """Per-item values recomputed here by another solver with the same probe; and a grid too coarse is said to be."""
     _, held = load(None, 0)
-    x, y = held.x[:12], held.y[:12]
+    x, y = held.x[:8], held.y[:8]
     np.savez(tmp_path / "d.npz", x=x[:, 0].numpy(), y=y.numpy())
     model = str(out[0] / "model.safetensors")
-    claims = likelihood.main([model, str(tmp_path / "d.npz"), "--batch", "5", "--steps", "24", "--out", str(tmp_path)])
+    args = [model, str(tmp_path / "d.npz"), "--probes", "1", "--bound-calls", "4", "--batch", "5"]
+    claims = likelihood.main([*args, "--method", "dopri5", "--tol", "1e-5", "--repeats", "0", "--out", str(tmp_path)])
     items = json.loads((tmp_path / "items.json").read_text())
+    assert [c.claim for c in claims] == ["bits/dim"]  # without repeats nothing is known of the solver
     m, _ = load_model(model)
-    noise = Streams(0, 12)
-    k = dequantize(x, 17, -1, 1, noise)
-    lp = log_prob(m.given(y), m.sde, k, probes=1, noise=noise, method="each", tol=1e-5)
+    rows = list(range(8))
+    k, noise = dequantize(x, 17, -1, 1, streams(0, rows, VALUE, 0, 0)), streams(0, rows, VALUE, 0, 1)
+    lp = log_prob(m.given(y), m.sde, k, method="rk4", steps=32, probes=1, fresh=False, noise=noise)
     expected = bits_per_dim(lp, 64, 2 / 17)
     np.testing.assert_allclose([r["bits_per_dim"] for r in items], expected, atol=5e-3)
     assert abs(claims[0].value - float(expected.mean())) < 2e-3
-    coarse = likelihood.main([model, str(tmp_path / "d.npz"), "--steps", "2", "--out", str(tmp_path / "coarse")])
-    assert claims[1].holds
-    assert not coarse[1].holds  # a grid too coarse is said to be
-    assert len((tmp_path / "items.csv").read_text().splitlines()) == 13
+    assert len((tmp_path / "items.csv").read_text().splitlines()) == 9
+    for steps, holds in (("2", False), ("32", True)):
+        claims = likelihood.main([*args, "--steps", steps, "--repeats", "6", "--out", str(tmp_path / steps)])
+        assert claims[1].holds == holds
 
 
 def test_likelihood_script_says_what_is_wrong_with_the_data(out, tmp_path, capsys):

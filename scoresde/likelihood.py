@@ -49,6 +49,9 @@ from scoresde.types import SDE, Noise, Score, instant, like, number, wide
 
 APART, MULTISTEP, CURVE = "apart", "multistep", "curve"
 ROWS = 256  # of one network call that several nodes share
+GUARD = (
+    0.03  # part of the last change that stays in doubt, however little the next one was: two sums may agree by chance
+)
 METHODS = (APART, MULTISTEP, CURVE, *OWN_STEPS, *ADAPTIVE, *FIXED)
 LEVELS = (7, 15, 31, 63, 127)
 Prior = Mixture | Callable[[Tensor], Tensor]
@@ -187,6 +190,7 @@ def _apart(
         sum_ = (w[:, None] * div[inner][:, running]).sum(0)
         change, last = (sum_ - value[running]).abs(), (value[running] - before[running]).abs()
         left = change * torch.where(last > change, change / last, 1.0)  # errors fall at least as they fell
+        left = torch.fmax(left, GUARD * last)
         before = before.index_put((running,), value[running])
         value = value.index_put((running,), sum_)
         error, used[running] = error.index_put((running,), left.detach()), n

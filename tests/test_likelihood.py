@@ -242,7 +242,7 @@ def test_what_the_quadrature_says_it_left():
         assert (got.nodes <= most).all()
     v7, v15, v31 = (change(score, sde, x, 1e-3, 1.0, tol=1e-7, d=0.7, nodes=n) for n in (7, 15, 31))
     step, last = (v31.log_p - v15.log_p).abs(), (v15.log_p - v7.log_p).abs()
-    torch.testing.assert_close(v31.error, step * (step / last).clamp(max=1.0))
+    torch.testing.assert_close(v31.error, torch.maximum(step * (step / last).clamp(max=1.0), 0.03 * last))
     torch.testing.assert_close(v15.error, last)
     assert v7.error.isnan().all()
     loose = change(score, sde, x, 1e-3, 1.0, tol=1e-2, d=0.7)

@@ -44,7 +44,7 @@ def test_cfg_on_gaussians(name):
 
 
 def test_cfg_rule():
-    """u + w (c - u) of diffusers' guider; its "original" c + w (c - u) is our w + 1.  The other rules are not here."""
+    """u + w (c - u) of diffusers' guider; its "original" c + w (c - u) is our w + 1."""
     case = load("guidance/cfg_rules")
     c, u, w = case["in_pred_cond"], case["in_pred_uncond"], case.params["scale"]
     rule = lambda w: cfg(lambda x, t: c, lambda x, t: u, w)(c, torch.ones((), dtype=F64))  # noqa: E731

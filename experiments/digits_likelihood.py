@@ -1,6 +1,6 @@
 """How many bits a digit costs: the flow's likelihood, the variational bound and I-MMSE of one network, side by side.
 
-    python -m experiments.digits_likelihood            # trains for 15 minutes of one core, then rates for 5
+    python -m experiments.digits_likelihood            # trains for 15 minutes of one core, then rates for 3
 
 A class-conditional U-Net (width 24, dropout 0.15) on four fifths of scikit-learn's digits, 17 levels, 8 x 8.  Claims:
     held-out bits/dim by the flow, dequantised uniformly, given the class          <= 1.74
@@ -10,7 +10,9 @@ A class-conditional U-Net (width 24, dropout 0.15) on four fifths of scikit-lear
     differences) of at most 0.01
     Bayes' rule over the ten class likelihoods is right for >= 0.97 of the held-out digits
 
-To expect: see the table in docs/decisions.md.  Everything is paired: the same items, in bits/dim.
+To expect (seed 0, 360 held-out items, 880 s of training; ± one standard error over items): flow 1.716 ± 0.012
+(training items 1.539), twice the calls 1.714; cells' masses 1.725 with one fitted draw, 1.676 with five; bound 1.789,
+I-MMSE 1.785, bound - flow 0.072 ± 0.004; Bayes' rule 0.994.  Everything is paired: the same items, in bits/dim.
 """
 
 import argparse

@@ -136,9 +136,9 @@ def picture(target: Mixture, weights: tuple[float, ...], drawn: dict[tuple[str, 
     fig, axes = plt.subplots(1, len(weights), figsize=(3.2 * len(weights), 3.4), squeeze=False)
     for ax, w in zip(axes[0], weights, strict=True):
         mass = truth(target, w)[0][:-1].reshape(CELLS, CELLS).T
-        ax.imshow(mass, origin="lower", extent=(-EDGE, EDGE, -EDGE, EDGE), cmap="Blues")
+        ax.imshow(mass.numpy(), origin="lower", extent=(-EDGE, EDGE, -EDGE, EDGE), cmap="Blues")
         x = drawn["cfg", w][:800]
-        ax.plot(x[:, 0], x[:, 1], ".", ms=1.5, color="tab:red", alpha=0.5)
+        ax.plot(*x.T.numpy(), ".", ms=1.5, color="tab:red", alpha=0.5)
         ax.set(title=f"w = {w:g}", xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE), xticks=[], yticks=[])
     fig.suptitle("blue: the tilted density;  red: what classifier-free guidance samples", fontsize=10)
     fig.tight_layout()

@@ -172,6 +172,16 @@ def save(rows: Iterable[Any], file: Path) -> None:
 def draw(rows: Sequence[Row], noise: Sequence[Noisy], file: Path) -> None:
     """RMS error against passes of a sample, a panel a problem, ours in colour; and trace noise against products."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    def logarithmic(ax: Any, xs: Iterable[float]) -> None:
+        """Both axes; plain numbers below."""
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        low, high = min(xs), max(xs)
+        ax.set_xticks([t for t in (10, 20, 50, 100, 200, 500, 1000, 2000) if low / 1.5 < t < high * 1.5])
+        ax.xaxis.set_major_formatter(ScalarFormatter())
+        ax.xaxis.set_minor_formatter(NullFormatter())
 
     names = list(dict.fromkeys(r.problem for r in rows))
     columns = min(4, len(names) + bool(noise))
@@ -180,11 +190,12 @@ def draw(rows: Sequence[Row], noise: Sequence[Noisy], file: Path) -> None:
     for k, name in enumerate(names):
         ax = figure.add_subplot(lines, columns, k + 1, title=name, xlabel="network passes a sample")
         ax.set_ylabel("RMS error, bits/dim")
-        ax.set_xscale("log")
-        ax.set_yscale("log")
+        logarithmic(ax, [r.passes for r in rows if r.problem == name])
         for method in dict.fromkeys(r.method for r in rows if r.problem == name and r.method != CLAIMED):
             here = [r for r in rows if (r.problem, r.method) == (name, method)]
-            style: dict[str, Any] = {"linewidth": 1.8} if method in OURS else {"color": "0.3", "linestyle": "--"}
+            style: dict[str, Any] = {"color": "0.3", "linestyle": "--"}
+            if method in OURS:
+                style = {"color": f"C{list(OURS).index(method)}", "linewidth": 1.8}
             marker = "x" if method.startswith("score_sde") else "+" if method not in OURS else "."
             ax.plot([r.passes for r in here], [r.rms for r in here], marker=marker, label=method, **style)
         ax.axhline(1e-3, color="0.8", linewidth=0.6)
@@ -192,8 +203,7 @@ def draw(rows: Sequence[Row], noise: Sequence[Noisy], file: Path) -> None:
     if noise:
         ax = figure.add_subplot(lines, columns, len(names) + 1, title="trace noise", xlabel="products a sample")
         ax.set_ylabel("standard deviation of log p, nats")
-        ax.set_xscale("log")
-        ax.set_yscale("log")
+        logarithmic(ax, [z.products for z in noise])
         for where, marker in zip(dict.fromkeys(z.problem for z in noise), "o^s", strict=False):
             for k, name in enumerate(dict.fromkeys(z.probes for z in noise)):
                 these = [z for z in noise if (z.problem, z.probes) == (where, name)]

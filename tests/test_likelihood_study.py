@@ -198,12 +198,14 @@ def row(problem, method, setting, **more):
 def test_claims_by_hand():
     rows = [
         row("digits VP", CLAIMED, "0.0003", worst=9e-4, path=100, path_most=131, products_most=1984, passes=131, rms=1),
-        row("digits VP", "multistep", "20", passes=20, rms=2e-3),
-        row("digits VP", "curve", "20", passes=20, rms=5e-4),
-        row("digits VP", "curve", "48", passes=48, rms=2e-4),
+        row("digits VP", "multistep", "20", passes=20, rms=2e-3, worst=3e-3),
+        row("digits VP", "multistep", "96", passes=96, rms=2, worst=1e-5, products_most=2049),
+        row("digits VP", "curve", "20", passes=20, rms=5e-4, worst=2e-3),
+        row("digits VP", "curve", "48", passes=48, rms=2e-4, worst=4e-4, products_most=2048),
         row("digits VP", "score_sde", "as published", passes=10, rms=1e-9),
-        row("2d VE", "apart", "0.01", passes=60.0, rms=1.1e-3),
-        row("2d VE", "apart", "0.001", passes=60.1, rms=1e-5),
+        row("2d VE", "apart", "0.01", passes=60.0, rms=1.1e-3, worst=8e-4),
+        row("2d VE", "apart", "0.001", passes=60.1, rms=1e-5, worst=7e-4, path_most=130),
+        row("2d VE", "apart", "0.0001", passes=99, rms=1e-5, worst=1e-6, path_most=130.1),
     ]
     noise = [
         Noisy("digits VP", "fresh Hadamard", 31, 4, 124, 0.7, 0.01, 0.0),
@@ -218,6 +220,9 @@ def test_claims_by_hand():
         ("digits VP, apart at 0.0003: path calls a sample", "<="): (100, True),
         ("digits VP, apart at 0.0003: path calls of the slowest", "<="): (131, False),
         ("digits VP, apart at 0.0003: products of the dearest", "<="): (1984, True),
+        ("digits VP, any score, multistep 20: worst error in 130 path calls, 2048 products", "<="): (3e-3, False),
+        ("digits VP, true score, curve 48: worst error in 130 path calls, 2048 products", "<="): (4e-4, True),
+        ("2d VE, any score, apart 0.001: worst error in 130 path calls, 2048 products", "<="): (7e-4, True),
         ("digits VP, curve 20: RMS with 20 calls", "<="): (5e-4, True),
         ("digits VP, curve 48: RMS with 48 calls", "<="): (2e-4, False),
         ("2d VE, apart 0.01: RMS with 60 calls", "<="): (1.1e-3, False),

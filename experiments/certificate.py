@@ -5,15 +5,17 @@
 Three classes of two Gaussians each in the plane, all scores exact.  For each rule and weight w the probability flow's
 samples come with log q, and with it KL(q || pi) to the density the rule is named after, pi = p(x) p(c|x)^w / Z, the
 effective samples of the weights pi/q and the index of their tail (`guidance.certify`, which needs no exact scores).
-Z is known here, by a grid: so the mean weight says how much of pi the samples cover, and KL with the Z that the
-samples estimate is too low by -log of it.  Beside it, by counting in 30 x 30 cells, the total variation distance (TV)
-to pi, before and after reweighting, and that of as many exact samples (floor).  Claims:
+Z is known here, by a grid: KL with it is right at every w, while with the Z that the samples estimate, and for
+everything else made of the weights (whose mean is 1 in expectation), the tail decides.  Beside it, by counting in
+30 x 30 cells, the total variation distance (TV) to pi, before and after reweighting, and that of as many exact
+samples (floor).  Claims:
     w = 1 is exact: KL <= 0.005 nats
     the certificate sees what counting sees: KL grows with w as TV does, and TV <= sqrt(KL/2) + floor   (Pinsker)
-    reweighting leaves what was missed, and no more than 0.05 besides: TV <= 1 - covered + floor + 0.05
+    the alarm is heard: where reweighting leaves more than 0.05 above the floor, the tail index is above 1/2
 
-To expect (8000 samples, seed 0): classifier-free guidance, w = 2, 4, 8: KL 0.68, 2.5, 6.0 nats, covered 0.79, 0.21,
-0.009, TV 0.42, 0.72, 0.92; within the interval 0.2..2 of sigma/alpha 0.56, 2.1, 4.8 nats.
+To expect (20 000 samples, seed 0): classifier-free guidance, w = 1.5, 2, 4, 8: KL 0.25, 0.68, 2.5, 6.0 nats, TV 0.26,
+0.42, 0.72, 0.92, tail 0.68 to 0.99, so no reweighting helps; in the interval 0.2..2 of sigma/alpha KL 0.20, 0.57, 2.1, 4.8
+nats, and at w = 1.5 reweighting brings TV from 0.23 to 0.06.
 
 Writes OUT/certificate.png and OUT/certificate.csv.
 """
@@ -94,11 +96,11 @@ def main(argv: list[str] | None = None) -> list[Claim]:
             return log_tilted(target, w, x) - log_z
 
         got = guidance.certify(rule(target, name, w), SDE, x_T, log_pi, t=T0, normalised=True, d=1.0, tol=1e-3)
-        weight, covered = torch.softmax(got.log_w, 0), float(got.log_w.exp().mean())
+        weight, mean_w = torch.softmax(got.log_w, 0), float(got.log_w.exp().mean())
         exact = torch.multinomial(mass, n, replacement=True, generator=torch.Generator().manual_seed(args.seed))
         rows.append(
-            {"rule": name, "w": w, "KL": got.kl, "error": got.kl_error, "covered": covered,
-             "KL, own Z": got.kl + math.log(covered), "ESS/n": got.ess / n, "tail": got.tail,
+            {"rule": name, "w": w, "KL": got.kl, "error": got.kl_error, "mean w": mean_w,
+             "KL, own Z": got.kl + math.log(mean_w), "ESS/n": got.ess / n, "tail": got.tail,
              "TV": tv(cells(got.x), mass), "reweighted": tv(cells(got.x, weight), mass),
              "floor": tv(torch.bincount(exact, minlength=len(mass)).double() / n, mass)}
         )  # fmt: skip
@@ -115,12 +117,12 @@ def main(argv: list[str] | None = None) -> list[Claim]:
     plain = [r for r in rows if r["rule"] == "cfg"]
     slack = max(r["TV"] - r["floor"] - math.sqrt(max(r["KL"], 0.0) / 2) for r in rows)
     falls = max(a[k] - b[k] for a, b in itertools.pairwise(plain) for k in ("KL", "TV"))
-    left = max(r["reweighted"] - r["floor"] - max(0.0, 1 - r["covered"]) for r in rows)
+    failed = [r["tail"] for r in rows if r["reweighted"] > r["floor"] + 0.05]
     claims = [
         Claim("w = 1: KL, nats", abs(plain[0]["KL"]), "<=", 0.005),
         Claim("KL and TV grow with w: largest fall", falls, "<=", 0.0),
         Claim("TV above Pinsker's sqrt(KL/2) and the floor", slack, "<=", 0.0),
-        Claim("reweighted TV above what was missed and the floor", left, "<=", 0.05),
+        Claim("least tail index where reweighting fails", min(failed, default=math.inf), ">=", 0.5),
     ]
     report(claims, args.json)
     return claims

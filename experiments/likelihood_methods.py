@@ -59,7 +59,7 @@ class _Tick(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+        """Nothing is kept: it is not differentiated again."""
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, g: Tensor, entry: _Entry) -> tuple[Tensor, Any]:
@@ -152,7 +152,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+        """Nothing is kept: it is not differentiated again."""
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, J: Tensor, g: Tensor) -> tuple[Tensor, int]:

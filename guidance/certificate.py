@@ -31,7 +31,7 @@ class Certificate(NamedTuple):
     log_z: float  # log Z, estimated, or 0 of a normalised target
     normalised: bool
     ess: float  # effective sample size, (sum w)^2 / sum w^2, in 1..n
-    tail: float  # index k of the weights' tail: their variance is infinite from 1/2, nothing holds above 0.7
+    tail: float  # index k of the weights' tail; above 1/2 their variance is infinite, what is made of them void
 
     def average(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, standard error) under pi of values (n, ...).
@@ -46,7 +46,7 @@ class Certificate(NamedTuple):
         return mean, (w * (values - mean)).square().sum(0).sqrt()
 
     def __str__(self) -> str:
-        alarm = "; weights too heavy to trust: q misses part of the target" if self.tail > 0.7 else ""
+        alarm = "; weights too heavy to trust: q hardly reaches part of the target" if self.tail > 0.5 else ""
         return (
             f"KL {self.kl:.4g} ± {self.kl_error:.2g} nats (one standard error), "
             f"effective samples {self.ess:.0f} of {len(self.log_q)}, tail index {self.tail:.2f}{alarm}"
@@ -75,8 +75,9 @@ def certify(
     how:        of `scoresde.change`: method, tol, probes, ...  With probes log q is noisy: unbiased in kl for a
                 normalised target, while w, Z and ess see the noise too (repeat with other probes to tell)
     Guided flows are narrower than what they are named after, and then the weights' tail is heavy: `tail` is fitted to
-    the largest 3 sqrt(n) of them (Vehtari 2024), and above 0.7 neither Z, ess nor averages mean anything.  Where q
-    misses a part of pi altogether no sample can tell; for a normalised target mean(w) < 1 does.
+    the largest 3 sqrt(n) of them (Vehtari 2024).  Above 1/2 their variance is infinite: log_z, ess and averages,
+    and kl unless the target is normalised, hang on a few samples, and more samples change them by jumps; kl of a
+    normalised target, a mean of logarithms, stays right.
     """
     end, log_q = sample_log_prob(score, sde, x, t=t, prior=prior, **how)
     with torch.no_grad():

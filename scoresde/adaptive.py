@@ -201,10 +201,7 @@ def solve_each(
         allowed = MARGIN * (atol + rtol * torch.maximum(y.abs(), y1.abs()))
         if scale is not None:
             allowed = allowed * like(scale(at, y, k1), y)
-        err = _rms((dy * _sum(pair.E, k) / allowed).detach()).to(real)
-        if pair.E3:
-            other = _rms((dy * _sum(pair.E3, k) / allowed).detach()).to(real)
-            err = err * err / (err**2 + 0.01 * other**2).sqrt().clamp(min=1e-300)
+        err = _error(pair, dy, k, allowed)
         finite = torch.isfinite(err)
         accept = finite & (err <= 1)
         err = err.clamp(min=1e-10)
@@ -241,6 +238,15 @@ def solve_each(
         raise FloatingPointError(f"no end after {max_steps} steps at rtol = {rtol:.1g}, atol = {atol:.1g}; loosen them")
     order = torch.cat([i for i, _ in ended])
     return torch.cat([v for _, v in ended])[torch.argsort(order)], at_nodes
+
+
+def _error(pair: Pair, dy: Tensor, k: list[Tensor], allowed: Tensor) -> Tensor:
+    """RMS of the step's error over what is allowed, (B,); e5^2 / sqrt(e5^2 + e3^2/100) for a pair with E3."""
+    err = _rms((dy * _sum(pair.E, k) / allowed).detach()).to(wide(dy))
+    if not pair.E3:
+        return err
+    other = _rms((dy * _sum(pair.E3, k) / allowed).detach()).to(err)
+    return err * err / (err**2 + 0.01 * other**2).sqrt().clamp(min=torch.finfo(err.dtype).tiny)
 
 
 def _inside(part: Tensor, dy: Tensor, y: Tensor, y1: Tensor, k: Tensor, k1: Tensor) -> Tensor:

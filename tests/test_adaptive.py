@@ -9,8 +9,8 @@ import torchdiffeq
 from truth import F64, gaussian_score, order, tensor
 
 from samplers import ode
-from scoresde import EDM, VP, counted, flow, mixture
-from scoresde.adaptive import PAIRS, rows_of, rowwise, solve_each
+from scoresde import EDM, VP, Streams, counted, flow, mixture
+from scoresde.adaptive import PAIRS, _error, rows_of, rowwise, solve_each
 
 EVERY = pytest.mark.parametrize("name", PAIRS)
 
@@ -322,3 +322,20 @@ def test_a_scale_divides_the_error():
     plain = [solve([-1.0, -2.0], 1, rtol=0.0, atol=tol)[1] for tol in (1e-3, 1e-6)]
     scaled = solve([-1.0, -2.0], 1, rtol=0.0, atol=1e-3, scale=lambda u, y, dy: torch.full((2,), 1e-3, dtype=F64))[1]
     assert plain[0] < plain[1] == scaled
+
+
+@EVERY
+def test_the_error_of_a_step(name):
+    """Hairer's estimate by hand, row by row; what is ten times as much allowed counts a tenth."""
+    pair = PAIRS[name]
+    k = list(Streams(3, 4)(torch.empty(4, len(pair.E), 5, dtype=F64)).unbind(1))
+    dy, allowed = tensor([0.1, 0.2, 0.3, 0.4])[:, None], 0.01 * torch.ones(4, 5, dtype=F64)
+    got = _error(pair, dy, k, allowed)
+    stack = torch.stack(k, 1)  # (4, stages, 5)
+
+    def size(weights):
+        return ((dy * torch.einsum("i,bid->bd", tensor(weights), stack) / allowed) ** 2).mean(1).sqrt()
+
+    e5 = size(pair.E)
+    torch.testing.assert_close(got, e5**2 / torch.hypot(e5, size(pair.E3) / 10) if pair.E3 else e5)
+    torch.testing.assert_close(_error(pair, dy, k, 10 * allowed), got / 10)

@@ -14,8 +14,8 @@ samples (floor).  Claims:
     the alarm is heard: where reweighting leaves more than 0.05 above the floor, the tail index is above 1/2
 
 To expect (20 000 samples, seed 0): classifier-free guidance, w = 1.5, 2, 4, 8: KL 0.25, 0.68, 2.5, 6.0 nats, TV 0.26,
-0.42, 0.72, 0.92, tail 0.68 to 0.99, so no reweighting helps; in the interval 0.2..2 of sigma/alpha KL 0.20, 0.57, 2.1, 4.8
-nats, and at w = 1.5 reweighting brings TV from 0.23 to 0.06.
+0.42, 0.72, 0.92, tail 0.68 to 0.99, so no reweighting helps; in the interval 0.2..2 of sigma/alpha KL 0.20, 0.57, 2.1,
+4.8 nats, and at w = 1.5 reweighting brings TV from 0.23 to 0.06.
 
 Writes OUT/certificate.png and OUT/certificate.csv.
 """

@@ -182,9 +182,10 @@ def by_prompt(run: Run) -> tuple[Part, list[Claim]]:
     y = torch.arange(run.classes).repeat_interleave(n)
     rows = []
     for c, name in enumerate(run.data.names):
-        E = guidance.clip_energy(*run.clip, [PLAIN[0].format(name)])
-        score = guidance.energy(run.model, run.sde, E, scale=30.0)
-        rows.append(run.sample(score, n, 300 + c, run.size.heun * 10 // 7, churn=20.0))
+        others = [PLAIN[0].format(k) for k in run.data.names if k != name]
+        E = guidance.clip_energy(*run.clip, [PLAIN[0].format(name)], against=others, distance="softmax")
+        score = guidance.energy(run.model, run.sde, E, scale=6.0)
+        rows.append(run.sample(score, n, 300 + c, run.size.heun * 25 // 14, churn=25.0))
     x = torch.cat(rows)
     right = run.judge.rate(x, y)
     plain = run.judge.rate(run.sample(run.model, n * run.classes, 399), y)
@@ -193,9 +194,10 @@ def by_prompt(run: Run) -> tuple[Part, list[Claim]]:
     return {
         "title": "CLIP-guided, from an unconditional model",
         "text": f"“{PLAIN[0].format(run.data.names[0])}” to “{PLAIN[0].format(run.data.names[-1])}”, a column each: "
-        "the gradient of the CLIP distance through the denoiser, with all the re-noising Heun allows. An independent "
-        f"classifier reads {right:.3f} of them as the prompted class; without guidance {plain:.3f}.",
-        "code": 'energy(model, sde, clip_energy(*clip, ["a handwritten seven"]), scale=30.0)',
+        "the gradient of CLIP's log-probability among all of them through the denoiser, with all the re-noising "
+        f"Heun allows. An independent classifier reads {right:.3f} of them as prompted; without guidance {plain:.3f}.",
+        "code": 'E = clip_energy(*clip, ["a handwritten seven"], against=others, distance="softmax")\n'
+        "energy(model, sde, E, scale=6.0)",
         "pictures": [(file, "a column for each prompt")],
         "tables": [],
     }, [Claim("CLIP-guided unconditional samples read as prompted", right, ">=", 0.90)]

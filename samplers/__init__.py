@@ -15,6 +15,7 @@ from samplers.girsanov import girsanov
 from samplers.grids import perturb
 from samplers.heun import heun
 from samplers.langevin import annealed, langevin, predictor_corrector
+from samplers.metropolis import metropolis
 from samplers.multistep import deis, dpmpp, multistep, pndm, unipc
 from samplers.ode import ode
 from samplers.onestep import ancestral, ddim, euler_maruyama, flow_euler, reverse_diffusion
@@ -57,7 +58,7 @@ __all__ = [
     "SAMPLERS", "Calibration", "FittedGrid", "ancestral", "angle", "annealed", "auto", "brownian", "calibrate",
     "calibrated", "choose", "ddim", "deis", "dpm_solver", "dpmpp", "er_sde", "euler_maruyama", "exponential",
     "exponential_euler", "fit_grid", "flow_euler", "girsanov", "gotta_go_fast", "grids", "heun", "hooks", "kernels",
-    "langevin", "load_calibration", "load_fitted", "load_grid", "midpoint", "multistep", "ode", "parallel", "perturb",
-    "pndm", "preconditioned", "predictor_corrector", "ralston", "restart", "reverse_diffusion", "sa_solver",
-    "sde_dpmpp", "seeds", "singlestep", "unipc",
+    "langevin", "load_calibration", "load_fitted", "load_grid", "metropolis", "midpoint", "multistep", "ode",
+    "parallel", "perturb", "pndm", "preconditioned", "predictor_corrector", "ralston", "restart", "reverse_diffusion",
+    "sa_solver", "sde_dpmpp", "seeds", "singlestep", "unipc",
 ]  # fmt: skip

@@ -2,12 +2,13 @@
 
 import io
 import math
+from functools import partial
 
 import pytest
 import torch
-from truth import F64, gaussian_map, gaussian_score, log_snr_grid, tensor
+from truth import F64, Draws, gaussian_map, gaussian_score, log_snr_grid, tensor
 
-from samplers import ddim, hooks
+from samplers import angle, ddim, hooks
 from scoresde import VP, Streams, dataset, gaussian
 
 SDE = VP()
@@ -91,8 +92,62 @@ def test_inpaint_chooses_the_fitting_datum():
     torch.testing.assert_close(out, points[[1, 0]], rtol=1e-6, atol=1e-6)
 
 
+def test_soft_inpainting_keeps_the_noise_of_the_level():
+    """x = alpha u + sigma e: a share m of the way to the known entry in the mean, and still the variance sigma^2."""
+    m, known, t = tensor(0.0, 0.3, 0.8, 1.0), torch.full((4,), 2.0, dtype=F64), tensor(0.4)
+    a, s = SDE.alpha(t), SDE.sigma(t)
+    u = tensor([[-1.0, -1.0, -1.0, -1.0]])
+    at = lambda e, z: hooks.inpaint(SDE, known, m, lambda x: z + 0 * x)(0, t, a * u + s * e)[0]  # noqa: E731
+    mean = at(0.0, 0.0)
+    torch.testing.assert_close(mean, a * (m * 2 - (1 - m)))
+    variance = (at(1.0, 0.0) - mean) ** 2 + (at(0.0, 1.0) - mean) ** 2
+    torch.testing.assert_close(variance, (s**2).expand(4))
+    torch.testing.assert_close(at(0.0, 1.0)[0], mean[0])
+    holes = torch.where(m > 0, known, math.nan)
+    torch.testing.assert_close(hooks.inpaint(SDE, holes, m, torch.zeros_like)(0, t, a * u), mean[None])
+
+
+def test_inpainting_noisy_entries_denoises_them():
+    """N(0, 1) data, known up to noise_sd n: what is drawn is p(x1 | x = alpha y) from where sigma/alpha = noise_sd."""
+    sd, y = 0.5, tensor(1.2, -0.4)
+    ts = torch.cat([log_snr_grid(SDE, 4, 0.9, float(SDE.time(-tensor(sd).log()))), tensor(0.1, 0.01, 0.0)])
+    kernel = partial(angle, d=1.0, tau=1.0, order=1)  # N(0, 1) is exact in one step
+    score = gaussian_score(SDE, 0.0, 1.0)
+
+    def run(noise):
+        hook = hooks.inpaint(SDE, y, tensor(1.0, 1.0), noise, noise_sd=tensor(sd, 0.0))
+        return kernel(score, SDE, torch.zeros(1, 2, dtype=F64), ts[:-1], noise=noise, on_step=hook)[0]
+
+    mean = run(torch.zeros_like)
+    var = sum((run(Draws(lambda k, x, i=i: 0 * x + (k == i))) - mean) ** 2 for i in range(14))
+    a, s, a1, s1 = SDE.alpha(ts[4]), SDE.sigma(ts[4]), SDE.alpha(ts[-2]), SDE.sigma(ts[-2])
+    K = a * a1 + a / a1 * s1**2  # Cov(x1, x), and Var(x) = 1
+    torch.testing.assert_close(s / a, tensor(sd))
+    torch.testing.assert_close(mean, torch.stack([K * a * y[0], a1 * y[1]]), rtol=1e-10, atol=0)
+    torch.testing.assert_close(var, torch.stack([1 - K**2, s1**2]), rtol=1e-10, atol=0)
+    torch.testing.assert_close(mean[0], y[0] / (1 + sd**2), rtol=2e-2, atol=0)  # the posterior mean of data, nearly
+
+
+def test_inpainting_noisy_entries_has_the_noise_of_the_level():
+    """While it is replaced, known = data + noise_sd n, noised on, is alpha data + sigma n' in distribution."""
+    t, sd, m = tensor(0.4), tensor(0.0, 0.3, 0.9, 9.0), tensor(1.0, 1.0, 0.6, 1.0)
+    a, s = SDE.alpha(t), SDE.sigma(t)
+    x = torch.full((1, 4), 0.7, dtype=F64)
+    at = lambda n, e, z: hooks.inpaint(  # noqa: E731
+        SDE, 2 + sd * n, m, lambda x: z + 0 * x, noise_sd=sd
+    )(0, t, x + s * e)[0]
+    mean = at(0.0, 0.0, 0.0)
+    torch.testing.assert_close(mean, torch.where(sd < s / a, m * a * 2 + (1 - m) * 0.7, 0.7))
+    variance = sum((at(*row) - mean) ** 2 for row in torch.eye(3, dtype=F64))
+    torch.testing.assert_close(variance, (s**2).expand(4))
+
+
 def test_errors():
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         hooks.trajectory([], every=0)
-    with pytest.raises(ValueError, match=r"0 or 1, got values in \[0.0, 0.5\]"):
-        hooks.inpaint(SDE, X, tensor(0.0, 0.5))
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got values in \[0.0, 1.5\]"):
+        hooks.inpaint(SDE, X, tensor(0.0, 1.5))
+    with pytest.raises(ValueError, match=r"noise_sd must be >= 0, got -0\.5"):
+        hooks.inpaint(SDE, X, tensor(0.0, 1.0), noise_sd=tensor(0.1, -0.5))
+    with pytest.raises(ValueError, match=r"mask has shape \(3,\) for a state \(2, 2\)"):
+        hooks.inpaint(SDE, X, tensor(0.0, 1.0, 1.0))(0, tensor(0.1), X)

@@ -8,23 +8,31 @@ give (floor):
 rules in the plane   three classes of two Gaussians; for each rule and w = 1, 1.5, 2, 4, 8 the total variation distance
                      (TV) of 30 x 30 cells to p_u^(1-w) p_c^w, by quadrature; the TV of the modes' masses; the share of
                      samples in the target's 90 % region; network calls a sample
-rules in 64-D        ten Gaussians made of handwritten digits; the target by importance sampling from the class
-                     (effective share printed): sliced W2, sd ratio, share in each coordinate's 90 % band
+rules in 64-D        ten Gaussians made of handwritten digits, blurred so that they overlap; the target by importance
+                     sampling from the class (effective share printed): sliced W2, sd ratio, share in each
+                     coordinate's 90 % band
 inverse problems     half the pixels of a digit, noise 0.1, the posterior by algebra: sliced W2, sd ratio, 90 % band,
                      mean error in posterior standard deviations
 
 Claims:
     w = 1 is exact: TV <= 0.01 above the floor for every rule that says so
     "exact" (conditional first, w late, Metropolis-adjusted moves): TV <= 0.030 at w = 4, 0.040 at w = 8, <= 400 calls
-    "fast", the same with fewer steps: TV <= 0.10 at w = 4 with <= 62 calls
+    "fast", the same with fewer steps: TV <= 0.10 at w = 4 with <= 60 calls
     the default posterior sampler: sliced W2 <= 0.055, sd ratio 0.95 to 1.05, band 0.88 to 0.92, <= 600 calls
 
-TO_EXPECT
+    in 64-D "exact" and "fast" are at the floor: sliced W2 at most 1.15 times it at every w
+
+To expect (20 000 samples, seed 0): plain cfg on the flow TV 0.42, 0.72, 0.92 at w = 2, 4, 8 (floor 0.027), on the SDE
+0.16, 0.28, 0.40; exact 0.025, 0.023, 0.024 with 305 calls, fast 0.026, 0.025, 0.025 with 60; in 64-D at w = 8 cfg 0.39,
+exact 0.067, fast 0.064, floor 0.070; posterior: default 0.019, floor 0.016, mmps 0.084, pigdm 0.12, dps 0.21.
+docs/guidance.md has the tables.
+
 Writes OUT/bias_card.png and OUT/bias_card.csv.
 """
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +56,13 @@ def plane() -> Case:
     return Case(three_classes(), label=0, other=1, d=1.0, width=0.25, sde=VP(), t_end=1e-3)
 
 
-def digits() -> Case:
+def digits(blurred: float = 0.5) -> Case:
+    """The digits' means and covariances; a variance `blurred` in every pixel makes the classes overlap: p(8 | x) of an
+    eight is 0.80 on average, so that the tilt tells."""
     P = problem("digits")
-    return Case(P.target, label=8, other=3, d=P.sigma_data, width=0.04, sde=P.sde, t_end=P.t_end)
+    target = replace(P.target, floor=P.target.floor + blurred)
+    d = math.sqrt(P.sigma_data**2 + blurred)
+    return Case(target, label=8, other=3, d=d, width=math.sqrt(blurred), sde=P.sde, t_end=P.t_end)
 
 
 def masses(case: Case, name: str, w: float, fine: int = 10) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +111,7 @@ def in_many(n: int, seed: int, weights: tuple[float, ...]) -> list[Row]:
         pool.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
     log_c = case.target.given(case.label).log_prob(pool, case.sde, t)
-    names = [m for m in METHODS if "classifier" not in m and "Feynman" not in m]
+    names = [m for m in METHODS if not set(m.split()) & {"classifier", "Feynman-Kac", "negative", "perp-neg"}]
     for name, w in tqdm([(m, w) for m in names for w in weights], desc="rules in 64-D"):
         x, calls = METHODS[name](case, w, n, seed)
         share = torch.softmax(log_target(case, name, w, pool) - log_c, 0)
@@ -126,7 +138,7 @@ def table(rows: list[Row]) -> None:
     print(flush=True)
 
 
-def claims_of(plane: list[Row], inverse: list[Row]) -> list[Claim]:
+def claims_of(plane: list[Row], many: list[Row], inverse: list[Row]) -> list[Claim]:
     at = {(r["method"], r["w"]): r for r in plane}
     once = max(r["TV"] - r["floor"] for r in plane if r["w"] == 1 and at_one(r["method"]))
     out = [Claim("w = 1: TV above the floor, worst rule", once, "<=", 0.01)]
@@ -135,6 +147,8 @@ def claims_of(plane: list[Row], inverse: list[Row]) -> list[Claim]:
             out.append(Claim(f"{name}, w = {w:g}: TV", at[name, w]["TV"], "<=", goal))
     out.append(Claim("exact: calls", max(r["calls"] for r in plane if r["method"] == "exact"), "<=", 400))
     out.append(Claim("fast: calls", max(r["calls"] for r in plane if r["method"] == "fast"), "<=", 60))
+    worst = max(r["sliced W2"] / r["floor"] for r in many if r["method"] in ("exact", "fast"))
+    out.append(Claim("exact and fast in 64-D: sliced W2 over the floor", worst, "<=", 1.15))
     for r in inverse:
         if r["method"].startswith("twisted"):
             out += [
@@ -168,7 +182,7 @@ def main(argv: list[str] | None = None) -> list[Claim]:
             writer.writerows(rows)
     picture(drawn, weights, args.out / "bias_card.png")
     print(f"tables and picture in {args.out}\n")
-    claims = claims_of(plane_rows, inverse)
+    claims = claims_of(plane_rows, many, inverse)
     report(claims, args.json)
     return claims
 
@@ -182,17 +196,21 @@ def picture(drawn: dict[tuple[str, float], Tensor], weights: tuple[float, ...], 
 
     case, names = plane(), [m for m in METHODS if (m, weights[0]) in drawn]
     fig, axes = plt.subplots(
-        len(names), len(weights), figsize=(1.7 * len(weights), 1.7 * len(names)), squeeze=False, layout="constrained"
+        len(names),
+        len(weights),
+        figsize=(2 * len(weights), 0.85 * len(names) + 0.5),
+        squeeze=False,
+        layout="constrained",
     )
-    for row, name in zip(axes, names, strict=True):
+    for k, (row, name) in enumerate(zip(axes, names, strict=True)):
         for ax, w in zip(row, weights, strict=True):
             mass = masses(case, name, w, fine=4)[0][:-1].reshape(CELLS, CELLS).T
             ax.imshow(mass.numpy(), origin="lower", extent=(-EDGE, EDGE, -EDGE, EDGE), cmap="Blues")
             ax.plot(*drawn[name, w][:500].T.numpy(), ".", ms=1, color="tab:red", alpha=0.5)
-            ax.set(xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE), xticks=[], yticks=[])
-            if row is axes[0]:
+            ax.set(xlim=(-EDGE, EDGE), ylim=(-1.2, 1.2), xticks=[], yticks=[])
+            if k == 0:
                 ax.set_title(f"w = {w:g}", fontsize=9)
-        row[0].set_ylabel(name, fontsize=8)
+        row[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
     fig.suptitle("blue: the density a rule is named after;  red: what it samples", fontsize=10)
     with whole(file) as temporary:
         fig.savefig(temporary, dpi=100, format="png")

@@ -200,7 +200,7 @@ def by_prompt(run: Run) -> tuple[Part, list[Claim]]:
         "energy(model, sde, E, scale=6.0)",
         "pictures": [(file, "a column for each prompt")],
         "tables": [],
-    }, [Claim("CLIP-guided unconditional samples read as prompted", right, ">=", 0.90)]
+    }, [Claim("CLIP-guided unconditional samples read as prompted", right, ">=", 0.95)]
 
 
 def likelihood(run: Run) -> tuple[Part, list[Claim]]:

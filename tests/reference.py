@@ -25,7 +25,7 @@ Left out within a case:
     ssde/ode_*, likelihood_* the default runs, which carry RK45's error of 1e-4
     tde/flow_*               unpinned_*: our flow always lands on the end
     edm/ablation_*           churned Heun in the path's own time; with sigma = t, scale 1 it is ours
-    guidance/linear_inverse_*, posterior_rules   rules other than DPS's gradients, CFG and DDIM
+    guidance/linear_inverse_*, posterior_rules   jfps (its step), not built
 """
 
 import json

@@ -13,6 +13,7 @@ Gaussian data with the data's covariance C.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from scipy.stats import t as student
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from experiments.likelihood_methods import F64, Case, jacobian
 from experiments.problems import moments
-from scoresde import Noise, flow
-from scoresde.divergence import probes
+from scoresde import Noise, flow, gaussian
+from scoresde.divergence import probes, spread
 from scoresde.likelihood import clenshaw_curtis, fejer
 
 Rule = Callable[[int], tuple[Tensor, Tensor]]  # n -> points and weights on [0, 1], (n,) each
@@ -34,6 +35,7 @@ class Along:
     J: Tensor
     weight: Tensor
     covariance: Tensor
+    shares: Callable[[int], list[int]]  # a total of probes -> each node's, as `log_prob(covariance=)` spreads them
     value: Tensor  # the sum's own value of log p with the exact trace, nats (P,)
 
 
@@ -62,18 +64,22 @@ def along(case: Case, n: int, rule: Rule = fejer) -> Along:
     rho = torch.hypot(sde.alpha(edge) * d, sde.sigma(edge)).log()
     change = (w[:, None] * (trace + D / rho2[:, None])).sum(0) - D * (rho[1] - rho[0])
     V = alpha[:, None, None] ** 2 * C + (sigma**2)[:, None, None] * torch.eye(D, dtype=F64)
-    return Along(kept, w, -torch.linalg.inv(V), case.prior(x) - change)
+    like = gaussian(torch.zeros(D, dtype=F64), cov=C)
+    shares = partial(spread, weight=w, alpha=alpha, sigma=sigma, like=like)
+    return Along(kept, w, -torch.linalg.inv(V), shares, case.prior(x) - change)
 
 
-def errors(a: Along, kind: str, n: int, fresh: bool, repeats: int, noise: Noise, control: bool = False) -> Tensor:
-    """Of log p, nats (repeats, P), from the library's probes: n a node."""
+def errors(
+    a: Along, kind: str, n: int | list[int], fresh: bool, repeats: int, noise: Noise, control: bool = False
+) -> Tensor:
+    """Of log p, nats (repeats, P), from the library's probes: n a node, or each node's own number."""
     N, P, D = a.J.shape[:3]
     A = a.J - a.covariance[:, None] if control else a.J
     draw = probes(kind, n, torch.zeros(repeats * P, D, dtype=F64), noise, fresh)
     out = torch.zeros(repeats, P, dtype=F64)
     for i in range(N):
-        v = draw(i).reshape(n * repeats, P, D).transpose(0, 1)  # (P, n repeats, D)
-        q = ((v @ A[i]) * v).sum(2).reshape(P, n, repeats).mean(1)
+        v = draw(i).reshape(-1, P, D).transpose(0, 1)  # (P, n repeats, D)
+        q = ((v @ A[i]) * v).sum(2).reshape(P, -1, repeats).mean(1)
         out -= a.weight[i] * (q - A[i].diagonal(dim1=1, dim2=2).sum(1)[:, None]).T
     return out
 
@@ -90,7 +96,7 @@ class Noisy:
     problem: str
     probes: str
     nodes: int
-    each: int
+    each: float  # on average
     products: int
     nats: float
     bits: float
@@ -122,12 +128,13 @@ def noises(case: Case, repeats: int, seed: int, budgets: bool = True) -> Iterato
     """Kinds of probes on 31 nodes, then ways to spend about 96 products."""
     bits = 1 / (case.D * math.log(2))
 
-    def row(name: str, a: Along, kind: str, n: int, fresh: bool, control: bool = False) -> Noisy:
+    def row(name: str, a: Along, kind: str, n: int | list[int], fresh: bool, control: bool = False) -> Noisy:
         e = errors(a, kind, n, fresh, repeats, seeded(seed), control)
         nats = float(e.square().mean().sqrt())
         missed = float((a.value - case.truth).square().mean().sqrt())
         N = len(a.weight)
-        return Noisy(case.name, name, N, n, N * n, nats, nats * bits, missed)
+        total = N * n if isinstance(n, int) else sum(n)
+        return Noisy(case.name, name, N, total / N, total, nats, nats * bits, missed)
 
     a = along(case, 31)
     for name, kind, n, fresh, control in KINDS:
@@ -136,6 +143,9 @@ def noises(case: Case, repeats: int, seed: int, budgets: bool = True) -> Iterato
         yield row("budget, method apart", along(case, nodes), "hadamard", n, True)
     for nodes, n in TURNS if budgets else ():
         yield row("budget, method multistep", along(case, nodes, clenshaw_curtis), "hadamard", n, True)
+    for nodes, rule, name in ((31, fejer, "apart"), (32, clenshaw_curtis, "multistep")) if budgets else ():
+        a = along(case, nodes, rule)
+        yield row(f"budget, method {name}, spread", a, "hadamard", a.shares(96), True)
 
 
 def coverage(case: Case, n: int, sets: int, repeats: int, seed: int) -> float:

@@ -6,11 +6,13 @@ All products come from one `vjp` of the pass that gave the score.  Signs cost le
 multiple of the identity, as a score's is, v'Jv = |v|^2 tr J / D needs |v|^2 = D.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from scoresde.exact import Mixture
 from scoresde.noise import rademacher
 from scoresde.types import Noise, Score
 
@@ -19,36 +21,43 @@ Probes = Callable[[int], Tensor]
 """The probes of evaluation i: (n, B, ...)."""
 
 
-def probes(kind: str, n: int, x: Tensor, noise: Noise, fresh: bool) -> Probes:
-    """n probes an evaluation for a state like x (B, ...), each sample's from its own stream of `noise`.
+def probes(kind: str, n: int | Sequence[int], x: Tensor, noise: Noise, fresh: bool) -> Probes:
+    """n probes an evaluation, or n[i] in evaluation i, for a state like x (B, ...), each sample's from its own stream.
 
     rademacher:  random signs
     gaussian:    N(0, I); pays for the identity part of J, ten times the error
     sphere:      uniform on |v|^2 = D
     hadamard:    rows of the Sylvester matrix of 2^k >= D columns, cut to D, in an order of each sample's own, under a
-                 random sign for each coordinate.  Rows are orthogonal, so 2^k of them give the trace exactly; rows
-                 i n .. i n + n - 1 serve evaluation i, and neighbours on a path, whose J are alike, complete
+                 random sign for each coordinate.  Rows are orthogonal, so 2^k of them give the trace exactly; the
+                 next n rows serve each evaluation, and neighbours on a path, whose J are alike, complete
                  each other
     fresh:       other probes at each evaluation: unbiased where evaluations are fixed beforehand, less noise
                  for nothing.  Not for a solver that looks at the trace: it would follow the noise
     """
     if kind not in KINDS:
         raise ValueError(f"unknown probe {kind!r}; choose one of {', '.join(KINDS)}")
-    if n < 1:
+    if min([n] if isinstance(n, int) else n) < 1:
         raise ValueError(f"probes must be at least 1, or None for the exact divergence; got {n}")
+    if not isinstance(n, int) and not fresh:
+        raise ValueError("a number of probes for each evaluation goes with fresh ones")
+    before = [] if isinstance(n, int) else [0, *itertools.accumulate(n)]
+
+    def size(i: int) -> int:
+        return n if isinstance(n, int) else n[i]
+
     if kind == "hadamard":
         D, bits = x[0].numel(), max(0, (x[0].numel() - 1).bit_length())
         sign, order = rademacher(noise(x)), noise(x.new_empty(len(x), 2**bits)).argsort(1)  # (B, 2^bits)
 
         def rows(i: int) -> Tensor:
-            first = i * n if fresh else 0
-            index = order[:, torch.arange(first, first + n) % 2**bits].T  # (n, B)
-            return _walsh(index, D, bits).to(x).reshape(n, *x.shape) * sign
+            first = (i * size(i) if isinstance(n, int) else before[i]) if fresh else 0
+            index = order[:, torch.arange(first, first + size(i)) % 2**bits].T  # (n, B)
+            return _walsh(index, D, bits).to(x).reshape(-1, *x.shape) * sign
 
         return rows
 
     def draw(i: int) -> Tensor:
-        z = torch.stack([noise(x) for _ in range(n)])
+        z = torch.stack([noise(x) for _ in range(size(i))])
         if kind == "rademacher":
             return rademacher(z)
         if kind == "sphere":
@@ -60,6 +69,33 @@ def probes(kind: str, n: int, x: Tensor, noise: Noise, fresh: bool) -> Probes:
         return draw
     kept = draw(0)
     return lambda i: kept
+
+
+def spread(total: int, weight: Tensor, alpha: Tensor, sigma: Tensor, like: Mixture) -> list[int]:
+    """Probes for each node, at least one and `total` in all, in proportion to the noise that signs make there.
+
+    weight (N,): what the trace at each node is multiplied by;  alpha, sigma (N,) there
+    like: a Gaussian with the data's covariance C.  Its Jacobian J = -(alpha^2 C + sigma^2)^-1 makes v'Jv vary by
+          2 sum_{i /= j} J_ij^2
+    """
+    if total < len(weight):
+        raise ValueError(f"{total} probes do not go round {len(weight)} nodes; give as many at least, or fewer nodes")
+    if len(like.log_weights) != 1:
+        raise ValueError("probes are spread by the covariance of a Gaussian: gaussian_of(data)")
+    floor = alpha[:, None] ** 2 * like.floor + sigma[:, None] ** 2  # (N, 1)
+    off = torch.zeros(len(weight), dtype=torch.float64)
+    if like.basis is not None:
+        g = 1 / (alpha[:, None] ** 2 * like.eig + floor) - 1 / floor  # J = -1/floor - U diag(g) U'
+        off = g.square().sum(1) - torch.einsum("dr,nr->nd", like.basis[0] ** 2, g).square().sum(1)
+    share = weight.abs() * off.clamp(min=0).sqrt()
+    share = share / share.sum() if bool(share.sum() > 0) else torch.full_like(share, 1 / len(share))
+    free = total - len(share)
+    n = (share * total - 1).clamp(min=0)
+    n = n * free / n.sum() if bool(n.sum() > 0) else n
+    whole = n.floor()
+    rest = (n - whole).argsort(descending=True)[: free - int(whole.sum())]
+    whole[rest] += 1
+    return [1 + int(k) for k in whole]
 
 
 def _walsh(row: Tensor, D: int, bits: int) -> Tensor:

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from scoresde.adaptive import MARGIN, PAIRS, Field, rows_of, solve_each
-from scoresde.divergence import Probes, score_and_trace
+from scoresde.divergence import Probes, score_and_trace, spread
 from scoresde.divergence import probes as make
 from scoresde.exact import Mixture
 from scoresde.flow import ADAPTIVE, FIXED, OWN_STEPS, radius, solve
@@ -111,6 +111,7 @@ def change(
     nodes: int | None = None,
     d: float = 0.5,
     probes: int | None = None,
+    covariance: Mixture | None = None,
     kind: str = "hadamard",
     fresh: bool | None = None,
     noise: Noise = torch.randn_like,
@@ -131,6 +132,10 @@ def change(
              convergence
     probes:  None: exact divergence, D products with the Jacobian a node; n: Hutchinson's estimate from n probes
              (`scoresde.divergence.probes`: kind, fresh), drawn from `noise`
+    covariance: a Gaussian with the data's, as `gaussian_of(data)`: then `probes` is the number for all nodes together,
+             spread by the noise that such data would make at each: quieter than evenly while they are fewer than about
+             2 D (with more, rows that complete each other want even numbers) and the data have a covariance that tells
+             of them (not six textures on top of each other).  Methods apart, multistep and curve
     fresh:   other probes at each evaluation; the default wherever evaluations are fixed beforehand, refused elsewhere
     chunk:   how many products are held in memory at once
     grad:    True: keep the graph of the whole solve.  "adjoint": backwards by a second solve, which holds one state
@@ -143,10 +148,17 @@ def change(
     t, t1 = instant(sde, t), instant(sde, t1)
     _check(x, method, tol, steps, nodes, d, probes, fresh, grad)
     settled = method in (APART, MULTISTEP, CURVE, *FIXED)
-    draw = None if probes is None else make(kind, probes, x, noise, settled if fresh is None else fresh)
+    each: int | list[int] | None = probes
+    if covariance is not None:
+        if probes is None or method not in (APART, MULTISTEP, CURVE):
+            raise ValueError("covariance spreads a number of probes over the nodes of apart, multistep or curve")
+        each = _shares(
+            Line(sde, d, t, t1), method, nodes or LEVELS[2] if method == APART else steps, probes, covariance
+        )
+    draw = None if each is None else make(kind, each, x, noise, settled if fresh is None else fresh)
     with torch.set_grad_enabled(bool(grad) and torch.is_grad_enabled()):
         if method == APART:
-            return _apart(score, Line(sde, d, t, t1), x, tol, nodes, draw, chunk)
+            return _apart(score, Line(sde, d, t, t1), x, tol, nodes, draw, chunk, isinstance(each, list))
         if method in (MULTISTEP, CURVE):
             return _multistep(score, Line(sde, d, t, t1), x, steps, method == CURVE, draw, chunk)
         adjoint = tuple(params) if grad == "adjoint" else None
@@ -154,7 +166,14 @@ def change(
 
 
 def _apart(
-    score: Score, line: Line, x: Tensor, tol: float, most: int | None, draw: Probes | None, chunk: int | None
+    score: Score,
+    line: Line,
+    x: Tensor,
+    tol: float,
+    most: int | None,
+    draw: Probes | None,
+    chunk: int | None,
+    uneven: bool,
 ) -> Change:
     most = most or (LEVELS[-1] if draw is None else LEVELS[2])
     u = line.at(fejer(most)[0])
@@ -183,7 +202,7 @@ def _apart(
     for n in levels:
         step = (most + 1) // (n + 1)
         new = range(step - 1, most, step if n == levels[0] else 2 * step)
-        found = _divergences(score, line, u, at, list(new), running, draw, chunk)
+        found = _divergences(score, line, u, at, list(new), running, draw, chunk, uneven)
         div = div.index_put((torch.tensor(list(new), device=x.device)[:, None], running), found.to(real))
         inner = slice(step - 1, most, step)
         w = fejer(n)[1].to(div) * line.length
@@ -209,16 +228,17 @@ def _divergences(
     running: Tensor,
     draw: Probes | None,
     chunk: int | None,
+    uneven: bool,
 ) -> Tensor:
     """div dz/du at these nodes for the running samples, (len(nodes), len(running)).
 
-    One network call a node; several nodes in one where the score has `rows` and samples are few.
+    One network call a node; several nodes in one where the score has `rows`, samples are few and probes alike.
     """
     some = rows_of(score, running)
     if some is None:
         whole = [line.both(score, u[k], at[k], None if draw is None else draw(k), chunk)[1] for k in nodes]
         return torch.stack(whole)[:, running]
-    out, many, A = [], max(1, ROWS // len(running)), len(running)
+    out, many, A = [], 1 if uneven else max(1, ROWS // len(running)), len(running)
     for first in range(0, len(nodes), many):
         group = nodes[first : first + many]
         here = rows_of(score, running.repeat(len(group))) if len(group) > 1 else some
@@ -300,6 +320,13 @@ def _joint(
     log_p = -D * (end[:, D] + math.log(float(radius(sde, t1) / radius(sde, t))))
     x1 = end[:, :D].reshape(x.shape) * radius(sde, t1).to(x)
     return Change(x1, log_p, torch.full_like(log_p, math.nan), _all(log_p, count))
+
+
+def _shares(line: Line, method: str, n: int, total: int, like: Mixture) -> list[int]:
+    """Probes for each of the method's n nodes, `total` in all."""
+    part, weight = fejer(n) if method == APART else clenshaw_curtis(n)
+    t, rho, b = line.coefficients(line.at(part))
+    return spread(total, weight * b * rho, line.sde.alpha(t), line.sde.sigma(t), like)
 
 
 def _all(like: Tensor, n: int) -> Tensor:

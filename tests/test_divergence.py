@@ -7,8 +7,9 @@ import pytest
 import torch
 from truth import F64, gaussian_score, tensor
 
+from experiments.problems import moments
 from scoresde import VE, VP, Streams, counted, gaussian, log_prob
-from scoresde.divergence import KINDS, probes, score_and_trace
+from scoresde.divergence import KINDS, probes, score_and_trace, spread
 
 M, C = tensor(0.4, -1.0, 0.2), tensor([[1.0, 0.5, 0.1], [0.5, 0.6, 0.0], [0.1, 0.0, 0.3]])
 FULL = gaussian(M, cov=C)
@@ -115,3 +116,67 @@ def test_four_rows_a_node_do_what_theory_says():
     assert (calls, score.calls) == (12, 24)
     fewer = log_prob(score, VP(), x, method="multistep", steps=12, probes=1, noise=Streams(0, 6))
     assert (fewer - exact).abs().max() > 1e-3
+
+
+def off_diagonal(target, alpha, sigma):
+    """sqrt of sum_{i /= j} J_ij^2, J = -(alpha^2 C + sigma^2)^-1, with every matrix written out."""
+    C = moments(target)[1]
+    out = []
+    for a, s in zip(alpha, sigma, strict=True):
+        J = torch.linalg.inv(a**2 * C + s**2 * torch.eye(len(C), dtype=F64))
+        out.append((J - J.diagonal().diag()).square().sum().sqrt())
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("form", ["full", "low rank", "diagonal"])
+def test_probes_are_spread_as_the_noise(form):
+    g = torch.Generator().manual_seed(0)
+    F = torch.randn(6, 6 if form == "full" else 2, generator=g, dtype=F64)
+    like = {
+        "full": lambda: gaussian(torch.zeros(6), cov=F @ F.T),
+        "low rank": lambda: gaussian(torch.zeros(6), factor=F, var=0.1),
+        "diagonal": lambda: gaussian(torch.zeros(6), var=0.1 + F.new_tensor(range(6))),
+    }[form]()
+    weight, alpha, sigma = (
+        torch.tensor([0.1, -3.0, 0.5, 2.0], dtype=F64),
+        torch.linspace(1, 0.4, 4),
+        torch.ones(4) * 0.3,
+    )
+    n = spread(1000, weight, alpha.to(F64), sigma.to(F64), like)
+    assert sum(n) == 1000
+    noise = weight.abs() * off_diagonal(like, alpha.to(F64), sigma.to(F64))
+    want = noise / noise.sum() if form != "diagonal" else torch.full((4,), 0.25)
+    assert (torch.tensor(n) - 1000 * want).abs().max() < 3
+    assert spread(4, weight, alpha.to(F64), sigma.to(F64), like) == [1, 1, 1, 1]
+
+
+def test_rows_of_uneven_evaluations_complete_each_other():
+    """3, 5 and 8 of the 16 rows: together they are all of them, so of one J the trace."""
+    x, noise = torch.zeros(4, 16, dtype=F64), Streams(0, 4)
+    J = torch.randn(16, 16, generator=torch.Generator().manual_seed(1), dtype=F64)
+    draw = probes("hadamard", [3, 5, 8], x, noise, True)
+    v = torch.cat([draw(i) for i in range(3)])
+    assert v.shape == (16, 4, 16)
+    assert (torch.einsum("nbi,ij,nbj->b", v, J, v) / 16 - J.trace()).abs().max() < 1e-11
+    with pytest.raises(ValueError, match="fresh"):
+        probes("hadamard", [1, 2], x, noise, False)
+
+
+def test_spread_probes_are_quieter():
+    """Gaussian data in 64 dimensions: as many products, 64, less noise; and still the exact log-density in the mean."""
+    g, D, n = torch.Generator().manual_seed(3), 64, 200
+    F = torch.randn(D, D, generator=g, dtype=F64) * torch.logspace(0, -1.5, D, dtype=F64)
+    target, sde = gaussian(torch.zeros(D), cov=1.6 / D * F @ F.T + 1e-3 * torch.eye(D, dtype=F64)), VP()
+    x = target.sample(1, 4).expand(n, D)
+    exact = target.log_prob(x[:1], sde, tensor(1e-2))
+    how = {"t": 1e-2, "prior": target, "method": "curve", "steps": 16, "d": 0.4}
+    even, uneven = (
+        log_prob(target.score(sde), sde, x, noise=Streams(0, n), **how, **more) - exact
+        for more in ({"probes": 4}, {"probes": 64, "covariance": target})
+    )
+    assert float(uneven.std()) < 0.75 * float(even.std())
+    assert abs(float(uneven.mean())) < 4 * float(uneven.std()) / n**0.5
+    with pytest.raises(ValueError, match="covariance spreads"):
+        log_prob(target.score(sde), sde, x, covariance=target)
+    with pytest.raises(ValueError, match="do not go round"):
+        log_prob(target.score(sde), sde, x, probes=5, covariance=target)

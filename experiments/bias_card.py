@@ -116,7 +116,7 @@ def in_many(n: int, seed: int, weights: tuple[float, ...]) -> list[Row]:
         x, calls = METHODS[name](case, w, n, seed)
         share = torch.softmax(log_target(case, name, w, pool) - log_c, 0)
         ess = 1 / float(share.square().sum()) / len(pool)
-        drawn = pool[torch.multinomial(share, 2 * n, generator=torch.Generator().manual_seed(seed + 1))]
+        drawn = pool[torch.multinomial(share, 2 * n, True, generator=torch.Generator().manual_seed(seed + 1))]
         one, two = drawn[:n], drawn[n:]
         mean = share @ pool.flatten(1)
         sd = (share @ (pool.flatten(1) - mean).square()).sqrt()

@@ -4,9 +4,9 @@ Along any path q_t ~ p_u^(1-w) p_c^w, in y = x/alpha at noise theta = (sigma/alp
 d log p/d theta = (div s + |s|^2)/2.  Transport by the flow of s_w = s_u + w (s_c - s_u), with Langevin noise on
 top of it or without, leaves the divergences cancelled and the weight
 
-    d log W = - (|s_w|^2 - (1-w) |s_u|^2 - w |s_c|^2)/2 d(-theta) = w (w - 1) |s_c - s_u|^2 / 2 d(-theta)
+    d log W = (|s_w|^2 - (1-w) |s_u|^2 - w |s_c|^2)/2 d(-theta) = w (w - 1) |s_c - s_u|^2 / 2 d(-theta)
 
-(Skreta 2025, proposition 3.1, for the SDE; the same for the flow, where no noise enters the integral.)
+(Skreta 2025, Feynman-Kac correctors, for the SDE; the same for the flow, where no noise enters the integral.)
 """
 
 import itertools
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from guidance.resample import effective, systematic, temper
 from scoresde.model import evaluate
-from scoresde.types import SDE, Hook, Noise, Score
+from scoresde.types import SDE, Hook, Noise, Score, instant, wide
 
 
 class FeynmanKac(NamedTuple):
@@ -54,9 +54,9 @@ def feynman_kac(
                by W^tau with the largest tau that keeps the share at the threshold; W^(1-tau) stays with them.
                After the last step everything left is resampled
     alarm:     below this share in any step the run stops, since a few particles stand for all; 0 never
-    One run each: the hook keeps the weights.  Samples of a batch depend on one another by design.
+    One run each: the hook keeps the weights, and comes before hooks that ask its score (moves).  Samples of a batch depend on one another by design.
     Bias: of the order of 1/n, and of the step; w (w - 1) |s_c - s_u|^2 is large where p_c << p_u, so start the grid
-    well inside the noise and take 60 steps or more.  Waits for the device once a step (the alarm).
+    well inside the noise and take 60 steps or more.  Waits for the device once a step.
     Network calls: the sampler's own.
     """
     if not math.isfinite(w):
@@ -64,25 +64,31 @@ def feynman_kac(
     if not 0 < threshold < 1 or not 0 <= alarm < threshold:
         raise ValueError(f"0 <= alarm < threshold < 1 wanted, got alarm = {alarm}, threshold = {threshold}")
     asked: dict[float, Tensor] = {}  # sigma/alpha -> rate of log W there, (n,), of the last call at that time
+    times = ts.tolist()
     log_w: Tensor | None = None
     ess: list[Tensor] = []
 
     def score(x: Tensor, t: Tensor) -> Tensor:
+        t = instant(sde, t)
         s_c, s_u = evaluate((cond, uncond), x, t)
         gap = s_c - s_u
         a2 = float(sde.alpha(t)) ** 2
-        asked[float(torch.exp(-sde.lam(t)))] = w * (w - 1) / 2 * a2 * gap.double().square().flatten(1).sum(1)
+        asked[float(torch.exp(-sde.lam(t)))] = w * (w - 1) / 2 * a2 * gap.to(wide(x)).square().flatten(1).sum(1)
         return s_u + w * gap
 
     def hook(i: int, t: Tensor, x: Tensor) -> Tensor | None:
         nonlocal log_w
+        if i >= len(times) - 1 or float(t) != times[i + 1]:
+            raise ValueError(
+                f"step {i + 1} ended at t = {float(t):.6g}, not that of ts; give feynman_kac the run's own grid"
+            )
         r1, last = float(torch.exp(-sde.lam(t))), i == len(ts) - 2
         points = sorted(((r, rate) for r, rate in asked.items() if r >= r1 * (1 - 1e-12)), key=lambda p: -p[0])
         if not points:
             raise ValueError("the sampler did not ask feynman_kac's own score in this step; give it fk.score")
         if points[-1][0] > r1 * (1 + 1e-12):
             points.append((r1, points[-1][1]))
-        log_w = x.new_zeros(len(x), dtype=torch.float64) if log_w is None else log_w
+        log_w = x.new_zeros(len(x), dtype=wide(x)) if log_w is None else log_w
         for (r, rate), (r2, rate2) in itertools.pairwise(points):
             log_w = log_w + (r - r2) * (r * rate + r2 * rate2)  # d theta = 2 r dr
         asked.clear()

@@ -1,7 +1,7 @@
 """Superposition: OR and AND of scores by their own log-densities, followed along the run   (SuperDiff, Skreta 2024).
 
 In y = x/alpha at theta = (sigma/alpha)^2 every density obeys the heat equation, so along a stochastic path whose noise
-is the reverse SDE's, E[dy dy'] = -d theta I, Ito's formula has no divergence left in it   (their theorem 1):
+is the reverse SDE's, E[dy dy'] = -d theta I, Ito's formula has no divergence left in it:
 
     d log p_i = <s_i, dy> + |s_i|^2 d theta / 2                d theta < 0
 
@@ -9,13 +9,14 @@ is the reverse SDE's, E[dy dy'] = -d theta I, Ito's formula has no divergence le
     AND   k with sum 1 that makes every log p_i grow alike in the step that follows
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from scoresde.model import evaluate
-from scoresde.types import SDE, Hook, Score, like, wide
+from scoresde.types import SDE, Hook, Score, instant, like, wide
 
 
 def superpose(
@@ -39,23 +40,26 @@ def superpose(
         raise ValueError(f"kind must be 'or' or 'and', got {kind!r}")
     if len(scores) < 2:
         raise ValueError(f"superposing takes at least two scores, got {len(scores)}")
-    if shares is not None and (kind == "and" or len(shares) != len(scores) or min(shares) <= 0):
+    if shares is not None and (
+        kind == "and" or len(shares) != len(scores) or not all(0 < u < math.inf for u in shares)
+    ):
         raise ValueError(f"shares are positive, one a score, and for kind 'or' only; got {shares} for {len(scores)}")
     v = torch.ones(len(scores), dtype=torch.float64) if shares is None else torch.tensor(shares, dtype=torch.float64)
-    log_v, r = (v / v.sum()).log(), torch.exp(-sde.lam(ts))
+    log_v, end = v.log(), float(torch.exp(-sde.lam(ts[-1])))
     log_p: Tensor | None = None  # (B, K), up to what all share
     seen: tuple[float, Tensor, Tensor] | None = None  # sigma/alpha, y (B, ...), s_i of y (B, K, D)
 
     def score(x: Tensor, t: Tensor) -> Tensor:
         nonlocal log_p, seen
+        t = instant(sde, t)
         values = torch.stack(evaluate(scores, x, t), 1)  # (B, K, ...)
         alpha, level = sde.alpha(t), float(torch.exp(-sde.lam(t)))
         s = (values.to(wide(x)) * like(alpha, values)).flatten(2)
         if log_p is None:
             log_p = s.new_zeros(len(x), len(scores))
         seen = level, (x / like(alpha, x)).to(s).flatten(1), s
-        h = level**2 - float(r[r < level * (1 - 1e-9)].max() if bool((r < level * (1 - 1e-9)).any()) else 0) ** 2
-        k = torch.softmax(log_p + log_v.to(s), 1) if kind == "or" else _even(s, log_p, h, level, float(r[-1]))
+        rest = level**2 - (end**2 if level > end * (1 + 1e-9) else 0)  # a call at the end itself is of no step
+        k = torch.softmax(log_p + log_v.to(s), 1) if kind == "or" else _even(s, log_p, rest)
         return torch.einsum("bk,bk...->b...", k.to(x), values)
 
     def hook(i: int, t: Tensor, x: Tensor) -> None:
@@ -66,6 +70,11 @@ def superpose(
             )
         level, y, s = seen
         h = level**2 - float(torch.exp(-sde.lam(t))) ** 2
+        if not h > 1e-9 * level**2:
+            raise ValueError(
+                f"the score was last asked at the end of step {i + 1}, where nothing moves; take a sampler "
+                "that asks once a step, at its start (ancestral), and put this hook before others that ask"
+            )
         dy = (x / like(sde.alpha(t), x)).to(y).flatten(1) - y
         log_p = log_p + torch.einsum("bkd,bd->bk", s, dy) - h / 2 * s.square().sum(2)
         seen = None
@@ -73,18 +82,20 @@ def superpose(
     return score, hook
 
 
-def _even(s: Tensor, log_p: Tensor, h: float, level: float, end: float) -> Tensor:
-    """k (B, K), sum 1, with <s_i - mean s, s_k> h = |s_i|^2 h/2 - mean - c (log p_i - mean): least squares.
+def _even(s: Tensor, log_p: Tensor, rest: float) -> Tensor:
+    """k (B, K), sum 1, so that in a step h = r^2 - r1^2 every log p_i + (what is open of it) h/rest grows alike:
 
-    E[dy] = h sum_k k_k s_k; c = h/(level^2 - end^2) closes what is open by the end of the grid.
+        <s_i, sum_j k_j s_j> - |s_i|^2/2 + log p_i/rest = the same for all i,   by least squares
+
+    E[dy] = h sum_j k_j s_j;  rest = r^2 - r_N^2 closes what is open by the end of the grid.
     """
     K = s.shape[1]
     gram = torch.einsum("bid,bjd->bij", s, s)
-    want = gram.diagonal(dim1=1, dim2=2) / 2 - log_p / max(level**2 - end**2, h)
+    size = gram.diagonal(dim1=1, dim2=2)  # |s_i|^2, (B, K)
+    want = size / 2 - log_p / rest
     centre = torch.eye(K).to(s) - 1 / K
-    rows = torch.cat(
-        [centre @ gram, gram.new_ones(len(s), 1, K) * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]], 1
-    )
-    right = torch.cat([want @ centre, gram.diagonal(dim1=1, dim2=2).mean(1)[:, None]], 1)
+    scale = size.mean(1).clamp(min=torch.finfo(s.dtype).tiny)[:, None]  # of the equation sum k = 1; scores may be 0
+    rows = torch.cat([centre @ gram, scale[..., None].expand(-1, 1, K)], 1)
+    right = torch.cat([want, scale], 1)  # its mean is orthogonal to the rows: nothing to take away
     k = (torch.linalg.pinv(rows, rtol=1e-6) @ right[..., None])[..., 0]
     return k / k.sum(1, keepdim=True)

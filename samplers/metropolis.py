@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from samplers.loop import checked
-from scoresde.types import SDE, Hook, Noise, Score
+from scoresde.types import SDE, Hook, Noise, Score, wide
 
 
 def metropolis(
@@ -40,7 +40,7 @@ def metropolis(
     noise; `guidance.feynman_kac` weighs it.  Each sample decides for itself, by its own stream.
     Network calls: 2 n + 1 a step where n > 0.
     """
-    N = len(ts) - 1
+    N, times = len(ts) - 1, ts.tolist()
     each = [n] * N if isinstance(n, int) else list(n)
     if len(each) != N or min(each) < 0:
         raise ValueError(f"n must be >= 0, one number or one for each of {N} steps, got {n}")
@@ -51,6 +51,10 @@ def metropolis(
     e = (step * (sde.sigma(ts) ** 2 + (sde.alpha(ts) * width) ** 2)).tolist()[1:]
 
     def hook(i: int, t: Tensor, x: Tensor) -> Tensor | None:
+        if i >= N or float(t) != times[i + 1]:
+            raise ValueError(
+                f"step {i + 1} ended at t = {float(t):.6g}, not that of ts; give metropolis the run's own grid"
+            )
         if not each[i]:
             return None
         s = checked(score(x, t), x)
@@ -59,7 +63,7 @@ def metropolis(
             mid, s1 = checked(score(x + d / 2, t), x), checked(score(x + d, t), x)
             simpson = _dot(4 * mid - 2 * s - 2 * s1, d) / 6  # less the trapezoid, which cancels in the proposal's ratio
             a = simpson - e[i] / 4 * (_dot(s1, s1) - _dot(s, s))
-            u = torch.special.ndtr(noise(x.new_empty(len(x), 1)).double())[:, 0]
+            u = torch.special.ndtr(noise(x.new_empty(len(x), 1)).to(wide(x)))[:, 0]
             accept = (u.log() < a).reshape(-1, *[1] * (x.ndim - 1))
             x, s = torch.where(accept, x + d, x), torch.where(accept, s1, s)
         return x
@@ -69,4 +73,4 @@ def metropolis(
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """<a, b> of each sample, (B,) float64 where the device has it: a is a small difference of large numbers."""
-    return (a * b).flatten(1).sum(1).double()
+    return (a * b).flatten(1).sum(1, dtype=wide(a))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from scipy.stats import norm
-from truth import F64, log_snr_grid, tensor
+from truth import F64, SDES, log_snr_grid, tensor
 
 from experiments.certificate import cells, three_classes, truth, tv
 from guidance import cfg, ramp
@@ -14,31 +14,70 @@ from scoresde import VP, Streams, counted, gaussian, mixture
 
 SDE = VP()
 TS = tensor(0.3, 0.2)  # two points: the hook acts at the second
+GENERATOR = lambda: torch.Generator().manual_seed(1)  # noqa: E731
 
 
 def moved(score, x, n, seed=0, **knobs):
     return metropolis(score, SDE, TS, n, noise=Streams(seed, len(x)), **knobs)(0, TS[1], x)
 
 
-def test_one_move_by_hand():
+@pytest.mark.parametrize("name", ["VP", "SubVP", "VE", "EDM"])
+@pytest.mark.parametrize("moves", [1, 3])
+def test_moves_by_hand(name, moves):
     """x' = x + e s + sqrt(2e) z, accepted by the exact log-densities of a Gaussian (Simpson's rule is exact there)."""
-    target, n, step = gaussian(tensor([0.3, -0.2]), var=0.1), 400, 2.0
-    score, x = target.score(SDE), torch.randn(n, 2, generator=torch.Generator().manual_seed(1), dtype=F64)
-    e = step * (float(SDE.sigma(TS[1])) ** 2 + (0.4 * float(SDE.alpha(TS[1]))) ** 2)
-    noise = Streams(0, n)
-    x1 = x + e * score(x, TS[1]) + math.sqrt(2 * e) * noise(x)
+    sde, target, n, step = SDES[name], gaussian(tensor([[[0.3, -0.2]]]), var=0.1), 400, 1.0
+    ts = sde.time(tensor(0.7, 1.2))
+    t, score, x0 = ts[1], target.score(sde), 0.6 * torch.randn(n, 1, 1, 2, dtype=F64, generator=GENERATOR())
+    e = step * (float(sde.sigma(t)) ** 2 + (0.4 * float(sde.alpha(t))) ** 2)
+    noise, x, rejected = Streams(0, n), x0, torch.zeros(n, dtype=torch.long)
 
     def log_q(b, a):
-        return -(b - a - e * score(a, TS[1])).square().sum(1) / (4 * e)
+        return -(b - a - e * score(a, t)).square().flatten(1).sum(1) / (4 * e)
 
-    log = lambda y: target.log_prob(y, SDE, TS[1])  # noqa: E731
-    a = log(x1) - log(x) + log_q(x, x1) - log_q(x1, x)
-    u = tensor(norm.cdf(noise(x[:, :1])[:, 0].numpy()))
-    took = u.log() < a
-    assert 0.2 < took.double().mean() < 0.8
-    out = moved(score, x, 1, step=step, width=0.4)
-    assert torch.equal((out - x).abs().sum(1) > 0, took)
-    assert (out - torch.where(took[:, None], x1, x)).abs().max() < 1e-12
+    log = lambda y: target.log_prob(y, sde, t)  # noqa: E731
+    for _ in range(moves):
+        x1 = x + e * score(x, t) + math.sqrt(2 * e) * noise(x)
+        a = log(x1) - log(x) + log_q(x, x1) - log_q(x1, x)
+        u = tensor(norm.cdf(noise(x[:, 0, 0, :1])[:, 0].numpy()))
+        took = u.log() < a
+        assert 0.2 < took.double().mean() < 0.8
+        rejected += ~took
+        x = torch.where(took[:, None, None, None], x1, x)
+    out = metropolis(score, sde, ts, moves, step=step, width=0.4, noise=Streams(0, n))(0, t, x0)
+    assert torch.equal((out - x0).flatten(1).abs().sum(1) > 0, rejected < moves)
+    assert (out - x).abs().max() < 1e-12
+
+
+def test_a_quartic_by_hand():
+    """Where the score is a cubic, -x^3, Simpson's rule is exact: log p = -x^4/4; where it is -x^7 it is not."""
+    n, e, t = 500, 0.8 * float(SDE.sigma(TS[1])) ** 2, TS[1]
+    x = torch.randn(n, 1, generator=GENERATOR(), dtype=F64)
+    for power, exact in ((3, True), (7, False)):
+        score = lambda x, t, power=power: -(x**power)  # noqa: E731
+        noise = Streams(1, n)
+        x1 = x + e * score(x, t) + math.sqrt(2 * e) * noise(x)
+        log = lambda y: -(y ** (power + 1)).sum(1) / (power + 1)  # noqa: E731, B023
+        log_q = lambda b, a: -(b - a - e * score(a, t)).square().sum(1) / (4 * e)  # noqa: E731, B023
+        u = tensor(norm.cdf(noise(x)[:, 0].numpy()))
+        want = u.log() < log(x1) - log(x) + log_q(x, x1) - log_q(x1, x)
+        got = (moved(score, x, 1, seed=1, step=0.8) != x)[:, 0]
+        assert want.double().mean() < 0.97
+        assert torch.equal(got, want) == exact
+
+
+def test_in_float32():
+    """The same moves as in float64, with the same noise, but where u is within rounding of the ratio."""
+    n, target = 500, three_classes()
+    x = torch.randn(n, 2, generator=GENERATOR(), dtype=F64).float()
+    runs = []
+    for dtype in (F64, torch.float32):
+        streams = Streams(2, n)
+        noise = lambda v, s=streams: s(v.double()).to(v)  # noqa: E731
+        hook = metropolis(target.score(SDE), SDE, TS, 2, step=1.0, noise=noise)
+        runs.append(hook(0, TS[1], x.to(dtype)))
+    assert runs[1].dtype == torch.float32
+    far = (runs[0] - runs[1]).abs().amax(1) > 1e-4
+    assert int(far.sum()) <= 2
 
 
 @pytest.mark.parametrize("step", [0.3, 1.0])
@@ -73,6 +112,15 @@ def test_bad_input():
             metropolis(score, SDE, TS, **knobs)
     with pytest.raises(ValueError, match="singular"):
         metropolis(score, SDE, tensor(0.3, 0.0))
+    with pytest.raises(ValueError, match="singular"):
+        metropolis(score, SDE, tensor(0.5, 0.3, 0.0), [0, 1])
+    x = torch.ones(1, 2, dtype=F64)
+    hook = metropolis(score, SDE, tensor(0.5, 0.3, 0.0), [1, 0])
+    assert hook(0, tensor(0.3), x) is not None
+    assert hook(1, tensor(0.0), x) is None
+    for i, t in ((0, 0.29), (2, 0.0)):
+        with pytest.raises(ValueError, match="the run's own grid"):
+            hook(i, tensor(t), x)
 
 
 def test_ramp():

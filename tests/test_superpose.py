@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from truth import F64, log_snr_grid, tensor
+from truth import F64, SDES, log_snr_grid, tensor
 
 from experiments.certificate import three_classes
 from guidance import superpose
 from guidance.superpose import _even
-from samplers import ancestral, ddim
+from samplers import ancestral, ddim, heun
 from scoresde import VP, Streams, gaussian
 
 SDE = VP()
@@ -87,15 +87,94 @@ def test_and_makes_them_alike():
 
 
 def test_weights_of_and():
-    """sum k = 1, and the expected growth <s_i, sum k s> h - |s_i|^2 h/2 + c log p_i is the same for every i."""
+    """sum k = 1, and the expected growth <s_i, sum k s> - |s_i|^2/2 + log p_i/rest is the same for every i."""
     g = torch.Generator().manual_seed(0)
     s = torch.randn(5, 3, 7, generator=g, dtype=F64)
-    log_p, h, level, end = torch.randn(5, 3, generator=g, dtype=F64), 0.1, 1.0, 0.5
-    k = _even(s, log_p, h, level, end)
+    log_p, rest = torch.randn(5, 3, generator=g, dtype=F64), 0.75
+    k = _even(s, log_p, rest)
     assert (k.sum(1) - 1).abs().max() < 1e-10
     mean = torch.einsum("bk,bkd->bd", k, s)
-    growth = torch.einsum("bid,bd->bi", s, mean) - s.square().sum(2) / 2 + log_p / (level**2 - end**2)
+    growth = torch.einsum("bid,bd->bi", s, mean) - s.square().sum(2) / 2 + log_p / rest
     assert (growth - growth.mean(1, keepdim=True)).abs().max() < 1e-9
+
+
+def test_scores_that_tell_nothing_apart_count_alike():
+    """Equal scores, and scores that are 0, leave k open whatever log p: then k = 1/K."""
+    s = torch.ones(1, 3, 4, dtype=F64)
+    for same in (s, 0 * s, 1e-9 * s):
+        k = _even(same, tensor([[0.3, -2.0, 1.0]]), 0.75)
+        assert (k - 1 / 3).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("apart", [1e-2, 3e-4])
+def test_scores_that_are_nearly_alike(apart):
+    """As at high noise: the equations hold down to apart^2 = 1e-6, where they are cut off; the sum is 1 there too."""
+    s = 1 + apart * torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(0), dtype=F64)
+    k = _even(s, torch.zeros(5, 3, dtype=F64), 0.75)
+    assert (k.sum(1) - 1).abs().max() < 1e-12
+    if apart == 1e-2:
+        growth = torch.einsum("bid,bkd,bk->bi", s, s, k) - s.square().sum(2) / 2
+        assert (growth - growth.mean(1, keepdim=True)).abs().max() < 1e-9
+
+
+ORDER = torch.tensor([[-2.0, 0.5, 1.0, 0.3], [0.2, 0.4, -0.7, 0.1], [1.0, -0.3, 0.2, 0.6]], dtype=F64)
+
+
+@pytest.mark.parametrize("name", ["VP", "SubVP", "VE", "EDM"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_two_steps_by_hand(name, dtype):
+    """k of "or" after two steps of constant scores: log p_i = sum <s_i, dy> - |s_i|^2 (r^2 - r1^2)/2, y = x/alpha."""
+    sde, n, g = SDES[name], 5, torch.Generator().manual_seed(0)
+    ts = sde.time(tensor(-0.4, 0.3, 0.9))
+    a, r = sde.alpha(ts), sde.sigma(ts) / sde.alpha(ts)
+    fields = [
+        lambda x, t, c=c: (c.to(x) / sde.alpha(t)).reshape(1, 2, 1, 2).expand(x.shape) for c in ORDER
+    ]  # s of y: c
+    s, follow = superpose(fields, sde, ts, shares=(1, 2, 3))
+    x = torch.randn(3, n, 2, 1, 2, generator=g, dtype=dtype)
+    log_p = torch.log(tensor(1, 2, 3) / 6).expand(n, 3)
+    for i in range(2):
+        s(x[i], ts[i])
+        assert follow(i, ts[i + 1], x[i + 1]) is None
+        dy = (x[i + 1] / a[i + 1] - x[i] / a[i]).double().flatten(1)
+        log_p = log_p + dy @ ORDER.T - ORDER.square().sum(1) * (r[i] ** 2 - r[i + 1] ** 2) / 2
+    want = (log_p.softmax(1) @ ORDER / a[2]).reshape(n, 2, 1, 2)
+    got = s(x[2], ts[2])
+    assert got.dtype == dtype
+    assert (got.double() - want).abs().max() < (1e-12 if dtype == torch.float64 else 1e-5) * float(want.abs().max())
+
+
+@pytest.mark.parametrize("kind", ["or", "and"])
+def test_alone_is_as_in_a_batch(kind):
+    ts = log_snr_grid(SDE, 20, end=1e-2)
+    x = Streams(0, 4)(torch.empty(4, 2, dtype=F64))
+
+    def go(rows):
+        s, follow = superpose([A.score(SDE), B.score(SDE)], SDE, ts, kind)
+        return ancestral(s, SDE, x[rows], ts, noise=Streams(1, rows), on_step=follow)
+
+    assert (go(range(4))[2:3] - go(range(2, 3))).abs().max() < 1e-9
+
+
+def test_and_aims_at_the_end_of_the_grid():
+    """What is open of log p after two steps is closed in r^2 - r_N^2, in each step its part of it."""
+    sde, g = SDES["EDM"], torch.Generator().manual_seed(0)
+    ts = tensor(2.0, 1.5, 1.2, 0.7)
+    fields = [lambda x, t, c=c: c.expand(x.shape) for c in ORDER]
+    s, follow = superpose(fields, sde, ts, "and")
+    x = torch.randn(3, 2, 4, generator=g, dtype=F64)
+    log_p = 0
+    for i in range(2):
+        s(x[i], ts[i])
+        follow(i, ts[i + 1], x[i + 1])
+        log_p = log_p + (x[i + 1] - x[i]) @ ORDER.T - ORDER.square().sum(1) * (ts[i] ** 2 - ts[i + 1] ** 2) / 2
+    got = s(x[2], ts[2])
+    growth = got @ ORDER.T - ORDER.square().sum(1) / 2 + log_p / (ts[2] ** 2 - ts[3] ** 2)
+    assert (growth - growth.mean(1, keepdim=True)).abs().max() < 1e-9
+    k = torch.linalg.lstsq(ORDER.T, got.T).solution.T
+    assert (k.sum(1) - 1).abs().max() < 1e-9
+    follow(2, ts[3], x[2])
+    assert torch.isfinite(s(x[2], ts[3])).all()  # no step is left
 
 
 def test_bad_input():
@@ -107,6 +186,20 @@ def test_bad_input():
             superpose(*arguments)
     with pytest.raises(ValueError, match="shares"):
         superpose([score] * 2, SDE, ts, "and", shares=(1, 1))
+    for shares in ((1,), (1, 0), (1, math.nan), (1, math.inf)):
+        with pytest.raises(ValueError, match="shares are positive, one a score"):
+            superpose([score] * 2, SDE, ts, shares=shares)
     _, follow = superpose([score] * 2, SDE, ts)
     with pytest.raises(ValueError, match="the score of the pair"):
         ddim(score, SDE, torch.ones(1, 2, dtype=F64), ts, on_step=follow)
+    s, follow = superpose([score] * 2, SDE, tensor(0.9, 0.5, 0.3))
+    x = torch.ones(1, 2, dtype=F64)
+    with pytest.raises(ValueError, match="one time for the whole batch"):
+        s(torch.ones(2, 2), tensor(0.9, 0.5))
+    s(x, ts[0])
+    follow(0, ts[1], x)
+    with pytest.raises(ValueError, match="the score of the pair"):
+        follow(1, tensor(0.3), x)
+    s, follow = superpose([score] * 2, SDE, ts)
+    with pytest.raises(ValueError, match="asks once a step, at its start"):
+        heun(s, SDE, torch.ones(1, 2, dtype=F64), ts, on_step=follow)

@@ -54,7 +54,8 @@ def feynman_kac(
                by W^tau with the largest tau that keeps the share at the threshold; W^(1-tau) stays with them.
                After the last step everything left is resampled
     alarm:     below this share in any step the run stops, since a few particles stand for all; 0 never
-    One run each: the hook keeps the weights, and comes before hooks that ask its score (moves).  Samples of a batch depend on one another by design.
+    One run each: the hook keeps the weights, and comes before hooks that ask its score (moves).  Samples of a batch
+    depend on one another by design.
     Bias: of the order of 1/n, and of the step; w (w - 1) |s_c - s_u|^2 is large where p_c << p_u, so start the grid
     well inside the noise and take 60 steps or more.  Waits for the device once a step.
     Network calls: the sampler's own.

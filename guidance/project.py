@@ -45,8 +45,7 @@ def apg(
     eta:       0 without the part along x0_c, which saturates; 1 with all of it
     threshold: > 0, in units of x0, of the whole sample's norm (it grows like sqrt(D)); inf: none
     interval:  (low, high) in sigma/alpha; outside it s = s_c
-    eta = 1 and threshold = inf is `cfg`.  The paper's momentum is a memory across steps, so not part of
-    a function of the score.
+    eta = 1 and threshold = inf is `cfg`.  The paper's momentum is a memory across steps: `apg_momentum`.
 
     Bias: what is left out is a part of CFG's own push, which is biased already; no target is known.
     Network calls: one for two `Model`s of the same network, else two; one where the rule is off.

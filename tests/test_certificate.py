@@ -9,9 +9,12 @@ from truth import F64, Draws, gaussian_score, log_snr_grid, marginal, moments, t
 
 import guidance
 from experiments import certificate as study
+from experiments import certificate_model as network
 from guidance.certificate import certify
 from samplers import ancestral, euler_maruyama, girsanov, kernels
-from scoresde import VP, Streams, gaussian, mixture
+from scoresde import EDM, VP, Model, Streams, gaussian, mixture
+from scoresde.checkpoint import save_model
+from scoresde.nets import UNet
 
 SDE, T0 = VP(), 0.01
 MEAN, VAR, WIDE = 0.6, 0.8, 1.2  # a class N(MEAN, VAR) inside N(0, WIDE), in each dimension
@@ -221,3 +224,65 @@ def test_the_experiment(tmp_path):
     mass, log_z = study.truth(study.three_classes(), 1.0)
     assert float(mass.sum()) == pytest.approx(1)
     assert log_z == pytest.approx(0, abs=1e-4)  # w = 1 is a density
+
+
+class Normals(torch.nn.Module):
+    """The score of N(0, WIDE) noised, and of N(MEAN, VAR) for class 0, as a network tells it."""
+
+    def forward(self, x, t, y):
+        wide, narrow = (gaussian_score(SDE, *law)(x, t) for law in ((0.0, WIDE), (MEAN, VAR)))
+        return torch.where((y == 0)[:, None], narrow, wide)
+
+
+def test_a_network_in_closed_form():
+    """The table of a network that knows its densities: KL, Z and entropy, off and guided."""
+    D, n = 2, 1200
+    model = Model(Normals(), VP(t_min=T0), "score", sigma_data=1.0, classes=1)
+    x_T = Streams(2, n)(torch.empty(n, D, dtype=F64))
+    rows, drawn = network.table(model, 0, (1.0, 3.0), x_T, seed=3, steps=32, probes=2, again=4)
+    assert [r["w"] for r in rows] == [1.0, 3.0]
+    for r in rows:
+        w = r["w"]
+        v, log_z = sampled(w)[1], D * tilted(w)[2]
+        assert abs(r["KL, own Z"] - divergence(w, D)) < 4 * r["error"] + 2e-3
+        assert r["error"] < 0.05
+        assert abs(r["log Z"] - float(log_z)) < 4 * (1 / (r["ESS/n"] * n) - 1 / n) ** 0.5 + 2e-3
+        assert r["-log q"] == pytest.approx(
+            float(D / 2 * torch.log(2 * math.pi * math.e * v)), abs=4 * (D / 2 / n) ** 0.5
+        )
+        assert drawn[w].mean() == pytest.approx(float(sampled(w)[0]), abs=4 * float(v / n / D) ** 0.5)
+        assert r["left"] < 5e-3
+    coarse, _ = network.table(model, 0, (3.0,), x_T[:40], seed=3, steps=6, probes=2, again=4)
+    assert coarse[-1]["left"] > 10 * rows[-1]["left"]
+
+
+def trained_like(file, classes=3):
+    """A small network of random weights, so that its classes differ, in a file."""
+    torch.manual_seed(0)
+    net = UNet(channels=1, width=8, mults=(1,), classes=classes)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    save_model(file, Model(net, EDM(T=20.0, t_min=0.02), "F", sigma_data=0.7, classes=classes),
+               data={"shape": [1, 4, 4], "low": -1.0, "high": 1.0})  # fmt: skip
+
+
+def test_the_experiment_on_a_network(tmp_path, capsys):
+    trained_like(tmp_path / "model.safetensors")
+    how = ["--model", str(tmp_path / "model.safetensors"), "--label", "1", "--quick", "--out", str(tmp_path)]
+    claims = study.main(how)
+    assert [c.holds for c in claims[:2]] == [True, True]
+    rows = (tmp_path / "certificate.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["w", "1.0", "2.0"]
+    kl = [float(row.split(",")[1]) for row in rows[1:]]
+    assert claims[2].value == pytest.approx(kl[1] - kl[0])
+    assert (tmp_path / "certificate.png").read_bytes().startswith(b"\x89PNG")
+    for wrong, message in (
+        (["--label", "3"], "--label must lie in 0..2, got 3"),
+        (["--samples", "1"], "at least 2, got 1"),
+    ):
+        with pytest.raises(SystemExit):
+            study.main([*how, *wrong])
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        study.main(["--model", str(tmp_path / "none.safetensors"), "--out", str(tmp_path)])
+    assert "no checkpoint at" in capsys.readouterr().err

@@ -180,3 +180,24 @@ def test_rows_of_a_condition():
         torch.testing.assert_close(score.rows(index)(x[index], t), score(x, t)[index], rtol=1e-12, atol=1e-12)
     labelled = model.given(torch.tensor([3, 1, 0]))
     assert not torch.allclose(labelled(x, t)[1:2], labelled.rows(torch.tensor([0]))(x[1:2], t))
+
+
+def test_unet_without_attention_is_local():
+    """A changed corner changes nothing far away beyond the normalisation; with attention it does so directly."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 64, 64)
+    far = x.clone()
+    far[..., :4, :4] += 1
+    moved = {}
+    for attention in (True, False):
+        net = UNet(channels=1, width=8, mults=(1, 2), attention=attention)
+        assert net.config["attention"] is attention
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        for m in net.modules():
+            if isinstance(m, torch.nn.GroupNorm):
+                m.forward = lambda h: h  # what else looks at the whole image
+        with torch.no_grad():
+            a, b = (net(v, torch.zeros(1))[..., 40:, 40:] for v in (x, far))
+        moved[attention] = float((a - b).abs().max())
+    assert moved[False] == 0 < moved[True]

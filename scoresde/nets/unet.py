@@ -15,7 +15,8 @@ class UNet(nn.Module):
     """net(x, label, y): (B, channels, H, W) -> the same.
 
     width channels times `mults` from the full size down, halving each time; one residual block a
-    level going down, two going up; self-attention at the lowest level; noise level and class enter
+    level going down, two going up; self-attention at the lowest level (attention=False: none,
+    so that a large image costs what its pixels do); noise level and class enter
     each block as scale and shift (FiLM).  Layers that close a residual branch start at zero, so the
     untrained network returns zero.  width 16, mults (1, 2): 170 305 parameters with ten classes.
     """
@@ -29,10 +30,12 @@ class UNet(nn.Module):
         mults: Sequence[int] = (1, 2),
         classes: int | None = None,
         dropout: float = 0.0,
+        attention: bool = True,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
             "channels": channels, "width": width, "mults": list(mults), "classes": classes, "dropout": dropout,
+            "attention": attention,
         }  # fmt: skip
         e = 8 * width
         sizes = [width * m for m in mults]
@@ -47,7 +50,7 @@ class UNet(nn.Module):
             self.down.append(Block(c, size, e, dropout))
             c = size
             skips.append(c)
-        self.middle = Attention(c)
+        self.middle = Attention(c) if attention else nn.Identity()
         for level in reversed(range(len(sizes))):
             for _ in range(2):
                 self.up.append(Block(c + skips.pop(), sizes[level], e, dropout))

@@ -17,7 +17,7 @@ from experiments import posteriors
 from experiments.posteriors import Case, average, rate
 from experiments.problems import Problem, problem
 from guidance.operators import spectral
-from samplers import ancestral, ddim, grids, hooks
+from samplers import ancestral, ddim, grids, hooks, relax
 from scoresde import Score, Streams, counted
 
 Method = Callable[[Case, Problem, int, int], tuple[Tensor, float]]
@@ -117,7 +117,7 @@ INVERSE = tuple(METHODS)
 def _annealed(case: Case, P: Problem, n: int, seed: int) -> tuple[Tensor, float]:
     def make(score: Score, ts: Tensor, noise: Any) -> Any:
         s = guidance.anneal(score, P.sde, case.A, case.y, case.noise_sd, sigma_data=P.sigma_data)
-        return s, guidance.relax(s, P.sde, 3, noise=noise)
+        return s, relax(s, P.sde, 3, noise=noise)
 
     return _run(case, P, n, seed, make, ancestral)
 

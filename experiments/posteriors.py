@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from experiments.problems import Problem, moments, problem, sliced_w2
-from guidance.anneal import relax
 from guidance.operators import Linear, mask
 from guidance.twisted import twisted
-from samplers import ancestral, grids
+from samplers import ancestral, grids, relax
 from scoresde import Streams, counted
 from scoresde.exact import Mixture, mixture
 

@@ -1,7 +1,7 @@
 """Guidance: pure functions Score -> Score (or scores -> score), nestable in any order."""
 
 from guidance import operators
-from guidance.anneal import anneal, relax
+from guidance.anneal import anneal
 from guidance.certificate import Certificate, certify
 from guidance.cfg import cfg
 from guidance.clip import clip_energy, load_clip
@@ -26,6 +26,6 @@ __all__ = [
     "Certificate", "Energy", "FeynmanKac", "anneal", "apg", "apg_momentum", "certify", "cfg", "classifier",
     "clip_energy", "conjunction", "cutouts", "daps", "ddnm", "ddnm_plus", "ddrm", "diffpir", "dps", "energy",
     "feynman_kac", "frequency", "gradient_picture", "load_clip", "mmps", "mpgd", "operators", "out_of_range",
-    "perp_neg", "pigdm", "plus_plus", "product", "ramp", "relax", "rescale", "stages", "superpose", "tangential",
+    "perp_neg", "pigdm", "plus_plus", "product", "ramp", "rescale", "stages", "superpose", "tangential",
     "tmpd", "total", "total_variation", "twisted", "universal", "zero_star",
 ]  # fmt: skip

@@ -7,10 +7,10 @@ any data.  Its score needs no Jacobian of the network, and q_t is a density, so 
 whatever the path that led there:
 
     s = anneal(score, sde, A, y, noise_sd)
-    x = ancestral(s, sde, x, ts, on_step=relax(s, sde))
+    x = samplers.ancestral(s, sde, x, ts, on_step=samplers.relax(s, sde))
 
-A path of densities is not the path of one diffusion: what the steps of the sampler miss, `relax` mends where x still
-moves between modes, and weights (`guidance.twisted`) mend everywhere.
+A path of densities is not the path of one diffusion: what the steps of the sampler miss, `samplers.relax` mends
+where x still moves between modes, and weights (`guidance.twisted`) mend everywhere.
 """
 
 import math
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from guidance.operators import Linear, check_linear, check_noise, measured
-from scoresde.types import SDE, Hook, Noise, Score, like, wide
+from scoresde.types import SDE, Score, like, wide
 
 
 def anneal(score: Score, sde: SDE, A: Linear, y: Tensor, noise_sd: float, *, sigma_data: float = 0.5) -> Score:
@@ -64,47 +64,3 @@ def likelihood(sde: SDE, A: Linear, y: Tensor, noise_sd: float, sigma_data: floa
         return -0.5 * (residual * gap).flatten(1).sum(1) / noise_sd**2
 
     return push, log
-
-
-def relax(
-    score: Score,
-    sde: SDE,
-    n: int = 3,
-    *,
-    step: float = 0.7,
-    friction: float = 0.2,
-    noise: Noise = torch.randn_like,
-) -> Hook:
-    """n steps of kinetic Langevin dynamics at t_after, with the density whose score is given   (BAOAB).
-
-        v <- v + h sigma s;  x <- x + h sigma v/2;  v <- a v + sqrt(1 - a^2) z;  x <- x + h sigma v/2
-
-    a = exp(-friction h), h = step; v goes on from one level to the next.  (Leimkuhler & Matthews 2013.)
-    step:     in sigma, in (0, sqrt(2)) for `anneal`, below 2 for a p_t
-    friction: per unit of time; inf forgets v: x1 = x + e s + sqrt(2 e) (z + z1)/2, e = (step sigma)^2/2, each z twice
-
-    The stationary variance of a Gaussian at one level is exact whatever the step.  n network calls a step of the
-    sampler.  A hook for one run: it holds v.
-    """
-    if n < 1:
-        raise ValueError(f"n, the number of steps at a level, must be at least 1, got {n}")
-    if not (0 < step < 2 and friction > 0):
-        raise ValueError(f"step must lie in (0, 2) and friction be positive, got {step} and {friction}")
-    keep = math.exp(-friction * step)
-    kick = math.sqrt(-math.expm1(-2 * friction * step))
-    held: dict[str, Tensor] = {}
-
-    def hook(i: int, t: Tensor, x: Tensor) -> Tensor | None:
-        if float(t) == 0:
-            return None
-        v = noise(x) if i == 0 else held["v"]
-        h = step * float(sde.sigma(t))
-        for _ in range(n):
-            v = v.add(score(x, t), alpha=h)
-            x = x.add(v, alpha=h / 2)
-            v = v.mul(keep).add_(noise(x), alpha=kick)
-            x = x.add(v, alpha=h / 2)
-        held["v"] = v
-        return x
-
-    return hook

@@ -15,7 +15,7 @@ from samplers.girsanov import girsanov
 from samplers.grids import perturb
 from samplers.heun import heun
 from samplers.langevin import annealed, langevin, predictor_corrector
-from samplers.metropolis import metropolis
+from samplers.moves import metropolis, relax
 from samplers.multistep import deis, dpmpp, multistep, pndm, unipc
 from samplers.ode import ode
 from samplers.onestep import ancestral, ddim, euler_maruyama, flow_euler, reverse_diffusion
@@ -59,6 +59,6 @@ __all__ = [
     "calibrated", "choose", "ddim", "deis", "dpm_solver", "dpmpp", "er_sde", "euler_maruyama", "exponential",
     "exponential_euler", "fit_grid", "flow_euler", "girsanov", "gotta_go_fast", "grids", "heun", "hooks", "kernels",
     "langevin", "load_calibration", "load_fitted", "load_grid", "metropolis", "midpoint", "multistep", "ode",
-    "parallel", "perturb", "pndm", "preconditioned", "predictor_corrector", "ralston", "restart", "reverse_diffusion",
-    "sa_solver", "sde_dpmpp", "seeds", "singlestep", "unipc",
+    "parallel", "perturb", "pndm", "preconditioned", "predictor_corrector", "ralston", "relax", "restart",
+    "reverse_diffusion", "sa_solver", "sde_dpmpp", "seeds", "singlestep", "unipc",
 ]  # fmt: skip

@@ -7,9 +7,9 @@ import torch
 from truth import F64, SDES, Draws, gaussian_score, moments, tensor
 
 from experiments.posteriors import posterior
-from guidance.anneal import anneal, relax
+from guidance.anneal import anneal
 from guidance.operators import blur, linear, mask, spectral
-from samplers import ancestral, grids
+from samplers import ancestral, grids, relax
 from scoresde import VP, counted, mixture
 
 SD, D2 = 0.3, 0.25  # noise of the measurement; sigma_data^2

@@ -9,11 +9,10 @@ from truth import F64, gaussian_score, tensor
 
 from experiments.posteriors import average, digits_cases, posterior, rate, run
 from experiments.problems import problem
-from guidance.anneal import relax
 from guidance.operators import linear, mask
 from guidance.resample import temper
 from guidance.twisted import twisted
-from samplers import ancestral, ddim, grids
+from samplers import ancestral, ddim, grids, relax
 from scoresde import EDM, VP, Streams, counted, mixture
 
 SD = 0.4

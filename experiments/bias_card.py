@@ -1,6 +1,6 @@
 """The bias card: which density every guidance rule samples, and how far that is from the one it is named after.
 
-    python -m experiments.bias_card [--samples N]        # fifteen minutes
+    python -m experiments.bias_card [--samples N]        # ten minutes
 
 All scores are exact, so every figure is the rule's own.  Three tables, each with the figure that as many exact samples
 give (floor):
@@ -24,7 +24,7 @@ Claims:
 
 To expect (20 000 samples, seed 0): plain cfg on the flow TV 0.42, 0.72, 0.92 at w = 2, 4, 8 (floor 0.027), on the SDE
 0.16, 0.28, 0.40; exact 0.025, 0.023, 0.024 with 305 calls, fast 0.026, 0.025, 0.025 with 60; in 64-D at w = 8 cfg 0.39,
-exact 0.067, fast 0.064, floor 0.070; posterior: default 0.019, floor 0.016, mmps 0.084, pigdm 0.12, dps 0.21.
+exact 0.067, fast 0.064, floor 0.065; posterior: default 0.019, floor 0.016, mmps 0.084, pigdm 0.12, dps 0.21.
 docs/guidance.md has the tables.
 
 Writes OUT/bias_card.png and OUT/bias_card.csv.

@@ -51,7 +51,7 @@ def test_the_page_shows_every_picture_and_every_claim(out):
         assert row["holds"] == (row["value"] <= float(limit) if sense == "<=" else row["value"] >= float(limit))
 
 
-GOALS = {  # the numbers, written out once more
+GOALS = {  # written out once more
     "score network: seconds of training": "<= 60",
     "composed CFG x CLIP: read as the asked class": ">= 0.98",
     "composed CFG x CLIP: mean ink, bold - thin": ">= 1",

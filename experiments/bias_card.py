@@ -2,8 +2,9 @@
 
     python -m experiments.bias_card [--samples N]        # ten minutes
 
-All scores are exact, so every figure is the rule's own.  Three tables, each with the figure that as many exact samples
-give (floor):
+All scores are exact, and four times as many steps move no TV of a rule on the flow by more than 0.013 but one:
+cfg-zero* at w = 8 (0.68, 0.57, 0.61 with 60, 240, 960 steps), whose field jumps where s_u = 0.  Three tables,
+each with the figure that as many exact samples give (floor):
 
 rules in the plane   three classes of two Gaussians; for each rule and w = 1, 1.5, 2, 4, 8 the total variation distance
                      (TV) of 30 x 30 cells to p_u^(1-w) p_c^w, by quadrature; the TV of the modes' masses; the share of
@@ -42,7 +43,7 @@ from tqdm.auto import tqdm
 
 from experiments.bias_inverse import INVERSE, judge
 from experiments.bias_rules import METHODS, ONCE, Case, at_one, log_target
-from experiments.certificate import CELLS, EDGE, cells, three_classes, tv
+from experiments.certificate import CELLS, EDGE, cells, points, three_classes, tv
 from experiments.common import Claim, parser, report, start
 from experiments.problems import problem, sliced_w2
 from scoresde import VP
@@ -68,8 +69,7 @@ def digits(blurred: float = 0.5) -> Case:
 def masses(case: Case, name: str, w: float, fine: int = 10) -> tuple[Tensor, Tensor, Tensor]:
     """Of the target: each cell's mass, (CELLS^2 + 1,), each component's region's, (K,), and whether a cell is in the
     smallest set of cells with 90 % of it."""
-    axis = -EDGE + 2 * EDGE * (torch.arange(CELLS * fine, dtype=torch.float64) + 0.5) / (CELLS * fine)
-    x = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+    x = points(fine)
     p = torch.softmax(log_target(case, name, w, x), 0)
     mass = cells(x, p)
     order = mass.argsort(descending=True)

@@ -42,7 +42,8 @@ class Case:
         ends = torch.tensor([self.sde.T, self.t_end], dtype=torch.float64)
         r = torch.exp(-self.sde.lam(ends))
         high, low = float(r[0]) if high is None else high, float(r[1]) if low is None else low
-        return self.sde.time(-torch.linspace(math.log(high), math.log(low), n + 1, dtype=torch.float64))
+        r = torch.linspace(math.log(high), math.log(low), n + 1, dtype=torch.float64).exp()
+        return samplers.grids.of_levels(self.sde, r)
 
     def start(self, n: int, seed: int) -> Tensor:
         return self.sde.prior_std * Streams(seed, n)(torch.empty(n, *self.target.shape, dtype=torch.float64))
@@ -53,7 +54,7 @@ Rule = Callable[[Case, float, Tensor], Score]  # (case, w, grid of the run) -> g
 
 
 def flow(rule: Rule, steps: int = 60, sampler: Callable[..., Tensor] = samplers.heun) -> Method:
-    """A rule's score on the probability flow, so finely that what is left is the rule's."""
+    """A rule's score on the probability flow, so finely that what is left is the rule's (see the card)."""
 
     def run(case: Case, w: float, n: int, seed: int) -> tuple[Tensor, float]:
         ts = case.grid(steps)

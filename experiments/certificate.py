@@ -65,13 +65,18 @@ def cells(x: Tensor, weight: Tensor | None = None) -> Tensor:
     return torch.zeros(CELLS**2 + 1, dtype=torch.float64).index_add(0, index, weight)
 
 
-def truth(target: Mixture, w: float, fine: int = 10) -> tuple[Tensor, float]:
-    """The tilted density's mass in each cell and log Z, by the midpoint rule on fine^2 points a cell."""
+def points(fine: int) -> Tensor:
+    """The middles of fine^2 squares in each cell, (CELLS^2 fine^2, 2)."""
     n = CELLS * fine
     axis = -EDGE + 2 * EDGE * (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    x = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+    return torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+
+
+def truth(target: Mixture, w: float, fine: int = 10) -> tuple[Tensor, float]:
+    """The tilted density's mass in each cell and log Z, by the midpoint rule on fine^2 points a cell."""
+    x = points(fine)
     log_f = log_tilted(target, w, x)
-    return cells(x, torch.softmax(log_f, 0)), float(log_f.logsumexp(0)) + 2 * math.log(2 * EDGE / n)
+    return cells(x, torch.softmax(log_f, 0)), float(log_f.logsumexp(0)) + 2 * math.log(2 * EDGE / (CELLS * fine))
 
 
 def tv(a: Tensor, b: Tensor) -> float:

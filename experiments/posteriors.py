@@ -70,6 +70,7 @@ def posterior(target: Mixture, A: Linear, y: Tensor, noise_sd: float) -> tuple[M
     covs = (C - gain @ matrix @ C)[keep]
     return mixture(
         (log_w[keep] - log_z).exp(), means.reshape(-1, *target.shape), covs=(covs + covs.mT) / 2,
+        labels=torch.arange(len(means)),
     ), log_z  # fmt: skip
 
 
@@ -80,8 +81,7 @@ def rate(samples: Tensor, exact: Mixture, seed: int = 0) -> Rating:
     mean, C = moments(exact)
     sd = C.diagonal().sqrt()
     low, high = (_quantile(exact, q) for q in (0.05, 0.95))
-    log_p = exact._joint(x, x.new_ones(1, 1), x.new_zeros(1, 1))[0]
-    share = torch.softmax(log_p, 1).mean(0)
+    share = exact.class_log_prob(x).exp().mean(0)
     return Rating(
         sliced_w2(x, one, seed=seed),
         sliced_w2(two, one, seed=seed),

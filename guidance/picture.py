@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from guidance.energy import Energy, estimate, gradient
+from scoresde.files import whole
 from scoresde.types import SDE, Score, like
 
 
@@ -53,4 +54,5 @@ def _draw(x0: Tensor, push: Tensor, value: Tensor, file: Path) -> None:
         axes[1, i].set_title(f"±{most:.2g}", fontsize=7)
     for axis in axes.flat:
         axis.set_axis_off()
-    figure.savefig(file, dpi=120)
+    with whole(file) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

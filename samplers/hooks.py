@@ -146,7 +146,7 @@ def travel(
         if i + 1 in climbs:
             up, G2 = climbs[i + 1]
             first = i + 1 - jump
-            again = [_shifted(other, first) for other in others]
+            again = [shifted(other, first) for other in others]
             for _ in range(repeats):
                 x = x.mul(up).add_(noise(x), alpha=math.sqrt(G2))
                 x = sampler(score, sde, x, ts[first : i + 2], noise=noise, on_step=again, grad=True)
@@ -155,5 +155,6 @@ def travel(
     return hook
 
 
-def _shifted(hook: Hook, first: int) -> Hook:
+def shifted(hook: Hook, first: int) -> Hook:
+    """The hook of a run for a part of its grid that begins at step `first`."""
     return lambda i, t, x: hook(first + i, t, x)

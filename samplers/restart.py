@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from samplers.heun import heun
+from samplers.hooks import shifted
 from samplers.kernels import forward_kernel
 from samplers.loop import check
 from scoresde.types import SDE, Hook, Noise, Score
@@ -47,7 +48,7 @@ def restart(
             r, G2 = forward_kernel(sde, ts[[first, at]])
             x = x.mul(float(r)).add_(noise(x), alpha=math.sqrt(float(G2)))
         x = sampler(
-            score, sde, x, ts[first : last + 1], noise=noise, on_step=[_shifted(h, first) for h in hooks], grad=grad
+            score, sde, x, ts[first : last + 1], noise=noise, on_step=[shifted(h, first) for h in hooks], grad=grad
         )
         at = last
     return x
@@ -85,7 +86,3 @@ def _pieces(sde: SDE, ts: Tensor, intervals: Sequence[tuple[float, float, int]])
     if at < len(ts) - 1:
         pieces.append((at, len(ts) - 1))
     return pieces
-
-
-def _shifted(hook: Hook, first: int) -> Hook:
-    return lambda i, t, x: hook(first + i, t, x)

@@ -64,3 +64,16 @@ def ddim(sde: SDE, ts: Tensor, eta: float = 0.0) -> Table:
     s, s1 = sigma[:-1], sigma[1:]
     tau = eta * G2.sqrt() * s1 / s
     return 1 / r, s**2 / r - s * torch.sqrt((s1**2 - tau**2).clamp(min=0)), tau
+
+
+def exponential_euler(sde: SDE, ts: Tensor, tau: Callable[[Tensor], Tensor]) -> Table:
+    """x1 = (sigma1/sigma) q^(tau^2) x + alpha1 (1 - q^(1 + tau^2)) x0 + sigma1 sqrt(1 - q^(2 tau^2)) z, q = r1/r.
+
+    tau: a function of r = sigma/alpha, (N,) -> (N,), constant on each step
+    """
+    alpha, sigma, lam = sde.alpha(ts), sde.sigma(ts), sde.lam(ts)
+    h = lam.diff().clamp(max=1e3)  # q = e^-h; a step to r = 0 has h = inf
+    power = tau(torch.exp(-lam[:-1])).double() ** 2
+    part = -torch.expm1(-(1 + power) * h) * alpha[1:] / alpha[:-1]
+    a = sigma[1:] / sigma[:-1] * torch.exp(-power * h) + part
+    return a, part * sigma[:-1] ** 2, sigma[1:] * torch.sqrt(-torch.expm1(-2 * power * h))

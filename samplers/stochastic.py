@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samplers import kernels
 from samplers import published as pub
 from samplers.adams import Tau, adams, constant
 from samplers.exponential import Form, Nodes, integrals, nodes, scale, weights
+from samplers.loop import one_step
 from samplers.multistep import form_of
 from samplers.rows import Row, run_rows
 from scoresde.types import SDE, Score
@@ -21,7 +23,7 @@ def exponential_euler(score: Score, sde: SDE, x: Tensor, ts: Tensor, *, tau: flo
     0; k-diffusion's eta is tau^2   (Lu 2022b, eq. 18; Xue 2023).
     Other arguments as `euler_maruyama`.  Weak order 1, N network calls.
     """
-    return run_rows(score, sde, x, ts, partial(adams, form=form_of("x0"), order=1, tau=constant(tau)), **run)
+    return one_step(score, sde, x, ts, partial(kernels.exponential_euler, tau=constant(tau)), **run)
 
 
 def sde_dpmpp(

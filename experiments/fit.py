@@ -7,8 +7,8 @@ this model under this guidance only).
 Claims: on paths not used for fitting, the calibrated solver at n calls is no worse than the best of the
 uncalibrated samplers tried (on four grids each) at 2 n calls; RMS over the 95 % of samples with the
 smallest error, in data units, against 192 steps of `angle`.
-To expect on the quickstart's model, n = 5: it does not hold: 0.015 against 0.0055 of `angle` and 0.0082 of
-pndm with 10 calls (unipc and dpmpp there: 0.023).
+To expect on the quickstart's model, n = 5: it does not hold: 0.014 against 0.0055 of `angle` and 0.0082 of
+pndm with 10 calls (unipc and dpmpp there: 0.023).  No numbers reach it: see "Sampling" in docs/decisions.md.
 """
 
 import math

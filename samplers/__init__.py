@@ -9,7 +9,8 @@ from samplers.adaptive_sde import gotta_go_fast
 from samplers.angle import angle
 from samplers.auto import auto, choose, load_fitted
 from samplers.brownian import brownian
-from samplers.calibrated import Calibration, calibrate, calibrated, load_calibration
+from samplers.calibrated import Calibration, calibrated, load_calibration
+from samplers.calibration import calibrate
 from samplers.fitted import FittedGrid, fit_grid, load_grid
 from samplers.girsanov import girsanov
 from samplers.grids import perturb

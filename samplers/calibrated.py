@@ -1,9 +1,7 @@
-"""A multistep solver whose few dozen numbers are fitted to a model in closed form.
+"""A multistep solver whose few dozen numbers are fitted to a model.
 
-Every step of a multistep method is x1 = a x + sum_j b_j V_j.  `calibrate` runs the solver beside exact
-paths of the model and chooses a and b of each step by least squares over samples and coordinates, so
-that the state it has really reached goes to where the exact path is; a search moves the time points.
-What comes out is bound to the model, its guidance, the SDE and the number of steps.
+Every step of a multistep method is x1 = a x + sum_j b_j V_j.  `samplers.calibration` chooses a, b and the
+time points; what comes out is bound to the model, its guidance, the SDE and the number of steps.
 """
 
 import json
@@ -13,21 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from samplers import grids
-from samplers.angle import angle, angle_form
+from samplers.angle import angle_form
 from samplers.exponential import Nodes, nodes, scale
-from samplers.fitted import bend, least
 from samplers.rows import Row, run_rows
 from scoresde.files import whole
 from scoresde.types import SDE, Hook, Score
 
 FORMAT = "scoresde calibrated solver 1"
-MEMORY = 4  # values a step may use
 
 
 @dataclass(frozen=True)
@@ -140,134 +133,3 @@ def _rows(at: Nodes, solver: Calibration) -> list[list[Row]]:
         weights = tuple(float(at.rho[i + 1] * V[i - j]) * w for j, w in enumerate(b))
         rows.append([Row(at.t[i], q[i], a * float(at.rho[i + 1] / at.rho[i]), weights)])
     return rows
-
-
-def calibrate(
-    score: Score,
-    sde: SDE,
-    x: Tensor,
-    n: int,
-    *,
-    d: float = 0.5,
-    t_end: float | None = None,
-    model: str = "",
-    searches: int | None = None,
-    teacher: int = 96,
-    progress: bool = True,
-) -> Calibration:
-    """Fit a solver of n steps to `score` on the paths that start at x.
-
-    x:        starting states at sde.T, (B, ...), 256 or more; a quarter is held out
-    d:        the data's standard deviation
-    model:    a name for the model with its guidance, asked for again when the solver is used
-    searches: trials of other time points (a smooth warp of `grids.data_scale`, by Nelder-Mead); default 12 n
-    teacher:  steps of the exact paths (`angle` of order 4), good to about 1e-5 of the data
-
-    n (searches + 2) + teacher network calls on the batch.  Raises ValueError where the held-out error (95 %) is not
-    below that of the uncalibrated solver.
-    """
-    if n < 1 or len(x) < 32:
-        raise ValueError(f"calibration needs n >= 1 and at least 32 starting states, got n = {n}, {len(x)} states")
-    B = len(x)
-    held = torch.arange(B) % 4 == 3
-    path = _Path(score, sde, x, d, t_end, teacher)
-    base = grids.data_scale(sde, n, d=d, t_end=t_end)
-    searches = 12 * n if searches is None else searches
-
-    def errors(out: Tensor) -> Tensor:
-        """Of each sample, RMS over coordinates, in data units."""
-        return (out - path.end).flatten(1).square().mean(1).sqrt().double() / float(sde.alpha(base[-1]))
-
-    plain = errors(angle(score, sde, x, base, d=d))
-    # samples beside a separatrix, where paths part, would take all the weight of a square
-    rows = ~held & (plain.cpu() <= torch.quantile(plain[~held].cpu(), 0.95))
-
-    bar = tqdm(total=searches, desc="calibrating", disable=not progress)
-
-    def objective(warp: np.ndarray) -> float:
-        bar.update(1)
-        ts = bend(sde, base, warp)
-        if bool((ts.diff() >= 0).any()):
-            return math.inf
-        return float(errors(_fit(score, sde, path, ts, d, rows)[0])[rows].square().mean().sqrt())
-
-    warp, _ = least(objective, min(n - 1, 6), searches)
-    bar.close()
-    ts = bend(sde, base, warp)
-    out, a, b, low, high = _fit(score, sde, path, ts, d, rows)
-
-    def rms(e: Tensor, share: float) -> float:
-        return float(e[held].sort().values[: max(1, math.ceil(share * int(held.sum())))].square().mean().sqrt())
-
-    fitted, before = errors(out), rms(plain, 0.95)
-    found = Calibration(
-        ts.tolist(),
-        d,
-        a,
-        b,
-        low,
-        high,
-        list(x.shape[1:]),
-        repr(sde),
-        model,
-        rms(fitted, 1.0),
-        rms(fitted, 0.95),
-        before,
-    )
-    if not found.held_out95 < before:
-        raise ValueError(
-            f"on held-out paths the calibrated solver's error is {found.held_out95:.3g}, the uncalibrated one's "
-            f"{before:.3g}: too few starting states ({B}), or steps enough to need no calibration"
-        )
-    return found
-
-
-class _Path:
-    """Paths of the flow by many steps, at any time in between."""
-
-    def __init__(self, score: Score, sde: SDE, x: Tensor, d: float, t_end: float | None, n: int) -> None:
-        ts = grids.data_scale(sde, n, d=d, t_end=t_end)
-        self.d, states = d, [x]
-        self.start = x
-        self.end = angle(score, sde, x, ts, d=d, order=4, on_step=lambda i, t, x: states.append(x))
-        at = nodes(angle_form(d), sde, ts)
-        self.angle = torch.atan(at.r / d)
-        self.z = torch.stack([y / float(rho) for y, rho in zip(states, at.rho, strict=True)])
-
-    def at(self, r: float) -> Tensor:
-        """z at sigma/alpha = r, by the polynomial in the angle through the six nearest points."""
-        th = math.atan(r / self.d)
-        first = int((self.angle > th).sum()) - 3
-        first = max(0, min(len(self.angle) - 6, first))
-        near = self.angle[first : first + 6].tolist()
-        w = [math.prod((th - q) / (p - q) for q in near if q != p) for p in near]
-        return torch.einsum("k,k...->...", self.z.new_tensor(w), self.z[first : first + 6])
-
-
-def _fit(
-    score: Score, sde: SDE, path: _Path, ts: Tensor, d: float, rows: Tensor
-) -> tuple[Tensor, list[float], list[list[float]], list[float], list[float]]:
-    """Least squares step by step, along the states really reached; the end state, a, b and the range of |V|."""
-    at = nodes(angle_form(d), sde, ts)
-    q, factor = scale(at)
-    x, a, b, low, high = path.start, [], [], [], []
-    memory: list[Tensor] = []
-    with torch.no_grad():
-        for i in range(len(ts) - 1):
-            V = torch.add(x, score(x, ts[i]), alpha=q[i] or 0.0) * float(factor[i])
-            memory = [V, *memory][:MEMORY]
-            size = V.flatten(1).square().mean(1).sqrt()
-            margin = 0.2 * float(size.max() - size.min())
-            low.append(max(0.0, float(size.min()) - margin))
-            high.append(float(size.max()) + margin)
-            z = x / float(at.rho[i])
-            known = torch.stack([z, *memory]).double()
-            target = path.at(float(at.r[i + 1])).double()
-            F = known[:, rows].flatten(1)
-            G, g = F @ F.T, F @ (target - z.double())[rows].flatten()
-            G = G + torch.diag(1e-10 * G.diagonal())
-            c = torch.linalg.solve(G.cpu(), g.cpu())
-            a.append(1 + float(c[0]))
-            b.append(c[1:].tolist())
-            x = (z + torch.einsum("k,k...->...", c.to(known), known).to(x)) * float(at.rho[i + 1])
-    return x, a, b, low, high

@@ -1,7 +1,7 @@
 """Exact sampling problems: data whose score is known, an SDE, an end, and endpoints of the exact flow.
 
 A `Problem` starts from exact draws of p_T and ends at t_end, where x1 is what the probability flow
-makes of x.  Reference endpoints come from Dormand-Prince with each sample's own steps at 1e-12
+makes of x.  Reference endpoints come from Adams with each sample's own steps at 1e-12
 (`scoresde.flow`), kept in an .npz so that a second run is quick.
 
 Errors are in data units, on y = x1/alpha(t_end):

@@ -25,8 +25,8 @@ def ode(
 ) -> Tensor:
     """The black-box flow, between the points of ts   (Song 2021, section 4.3).
 
-    method: "each": Dormand-Prince 5(4) with own steps for each sample, the same alone and in any
-            batch, "each:bosh3", "each:tsit5", "each:dop853" by another pair; or one of torchdiffeq:
+    method: "each": Adams with own steps and order for each sample, the same alone and in any batch;
+            "each:bosh3", "each:dopri5", "each:tsit5", "each:dop853": by a pair; or one of torchdiffeq:
             dopri5, dopri8, bosh3, ... (adaptive, one step for the whole batch), euler, midpoint, heun3,
             rk4, ... (one step from point to point, in log(sigma/alpha))
     rtol, atol: of the adaptive methods, for each sample

@@ -25,9 +25,9 @@ Field = Callable[[Tensor, Tensor], Tensor]  # (u () or (B,), y (B, ...)) -> dy/d
 Rows = Callable[[Tensor], Field | None]  # the field of these rows, or None if it has no such thing
 
 MARGIN = 0.1
-"""Local errors are held to this part of the tolerance, so that the error at the end meets the whole.
-A flow with several modes enlarges early errors: hardly for most samples, 30 times for one of 64 on
-mixtures in 2 and in 64 dimensions, without bound for one that starts on the border between two modes."""
+"""Local errors are held to this part of the tolerance, so that the error at the end meets the whole, for most samples:
+99 of 100 end within 3.2 tolerances with Dormand and Prince's pair, the worst of 256 within 11 (nine mixtures of
+`experiments.problems`, 1e-3 to 1e-7).  `scoresde.adams` keeps them all, with fewer calls."""
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,8 @@ def solve_each(
         finite = torch.isfinite(err)
         accept = finite & (err <= 1)
         err = err.clamp(min=1e-10)
-        grow = (0.9 * err ** (-0.7 / pair.rate) * last ** (0.4 / pair.rate)).clamp(0.2, 5.0)
-        shrink = torch.where(finite, 0.9 * err ** (-1 / pair.rate), 0.2).clamp(0.2, 0.9)
+        grow = (0.9 * power(err, -0.7 / pair.rate) * power(last, 0.4 / pair.rate)).clamp(0.2, 5.0)
+        shrink = torch.where(finite, 0.9 * power(err, -1 / pair.rate), 0.2).clamp(0.2, 0.9)
         if nodes is not None:
             passed = accept & ((nodes[:, None] - at) * span > 0) & ((nodes[:, None] - at1) * span <= 0)
             n, b = passed.nonzero(as_tuple=True)
@@ -219,15 +219,7 @@ def solve_each(
         if not bool(running.any()):
             ended.append((index, y))
             break
-        tiny = running & (h.abs() < 1e-12 * abs(span))
-        if bool(tiny.any()):
-            bad = int(tiny.nonzero()[0])
-            raise FloatingPointError(
-                f"sample {int(index[bad])} needs steps below 1e-12 of the interval at {float(at[bad]):.6g}, between "
-                f"{u:.6g} and {u1:.6g}: the score is not finite or not smooth there, or rtol = {rtol:.1g}, "
-                f"atol = {atol:.1g} lie below the rounding of {str(y.dtype).removeprefix('torch.')}; "
-                "loosen them or use float64"
-            )
+        check_step(h, at, running, index, y, u, u1, rtol, atol)
         if rows is not None and not bool(running.all()):
             fewer = rows(index[running])
             if fewer is not None:
@@ -242,11 +234,26 @@ def solve_each(
 
 def _error(pair: Pair, dy: Tensor, k: list[Tensor], allowed: Tensor) -> Tensor:
     """RMS of the step's error over what is allowed, (B,); e5^2 / sqrt(e5^2 + e3^2/100) for a pair with E3."""
-    err = _rms((dy * _sum(pair.E, k) / allowed).detach()).to(wide(dy))
+    err = rms((dy * _sum(pair.E, k) / allowed).detach()).to(wide(dy))
     if not pair.E3:
         return err
-    other = _rms((dy * _sum(pair.E3, k) / allowed).detach()).to(err)
+    other = rms((dy * _sum(pair.E3, k) / allowed).detach()).to(err)
     return err * err / (err**2 + 0.01 * other**2).sqrt().clamp(min=torch.finfo(err.dtype).tiny)
+
+
+def check_step(
+    h: Tensor, at: Tensor, running: Tensor, index: Tensor, y: Tensor, u: float, u1: float, rtol: float, atol: float
+) -> None:
+    """Refuse a step h below 1e-12 of the interval, at `at`, in a running row; all (B,); index tells the samples."""
+    tiny = running & (h.abs() < 1e-12 * abs(u1 - u))
+    if bool(tiny.any()):
+        bad = int(tiny.nonzero()[0])
+        raise FloatingPointError(
+            f"sample {int(index[bad])} needs steps below 1e-12 of the interval at {float(at[bad]):.6g}, between "
+            f"{u:.6g} and {u1:.6g}: the score is not finite or not smooth there, or rtol = {rtol:.1g}, "
+            f"atol = {atol:.1g} lie below the rounding of {str(y.dtype).removeprefix('torch.')}; "
+            "loosen them or use float64"
+        )
 
 
 def _inside(part: Tensor, dy: Tensor, y: Tensor, y1: Tensor, k: Tensor, k1: Tensor) -> Tensor:
@@ -261,8 +268,8 @@ def rows_of(score: Score, index: Tensor) -> Score | None:
     return None if some is None else some(index)
 
 
-def rowwise(score: Score) -> "Rowwise":
-    """The same score, declared to hold nothing for its rows: it takes any rows, in any number.
+def rowwise(score: Callable[..., Tensor]) -> "Rowwise":
+    """The same score (or energy), declared to hold nothing for its rows: it takes any rows, in any number.
 
     s(x, t) of some rows of x and t must be the same rows of s; labels or weights of shape (B,) inside
     the score break that.
@@ -273,11 +280,11 @@ def rowwise(score: Score) -> "Rowwise":
 class Rowwise:
     """See `rowwise`."""
 
-    def __init__(self, score: Score) -> None:
+    def __init__(self, score: Callable[..., Tensor]) -> None:
         self.score = score
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.score(x, t)
+    def __call__(self, *args: Tensor) -> Tensor:
+        return self.score(*args)
 
     def rows(self, index: Tensor) -> "Rowwise":
         return self
@@ -292,5 +299,10 @@ def _sum(weights: tuple[float, ...], k: list[Tensor]) -> Tensor:
     return total
 
 
-def _rms(e: Tensor) -> Tensor:
+def power(e: Tensor, p: float | Tensor) -> Tensor:
+    """e^p, e > 0, with the same bits whatever the batch; torch.pow gives one element in 64 others."""
+    return torch.exp(p * torch.log(e))
+
+
+def rms(e: Tensor) -> Tensor:
     return e.flatten(1).square().mean(1).sqrt()

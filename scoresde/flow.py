@@ -9,8 +9,8 @@ R^2 = alpha^2 + sigma^2 and z = x / R, over u = log(sigma/alpha) or the angle th
     dz/dth = -(sigma R / alpha) (s + x / R^2) = eps cos(th) - x0 sin(th)
 
 (N(0, I) data stand still).  The angle's range is finite, (0, pi/2): the same tolerance takes fewer
-evaluations there, and "each" (`scoresde.adaptive`) has it.  torchdiffeq's methods have u.  Its adaptive
-ones get a norm that is the largest RMS of a sample, never a mean that lets batch mates hide an error,
+evaluations there, and "each" (`scoresde.adams`, `scoresde.adaptive`) has it.  torchdiffeq's methods have u.  Its
+adaptive ones get a norm that is the largest RMS of a sample, never a mean that lets batch mates hide an error,
 and land on the end instead of stepping over it; they still share one step.  "each" does not: a
 sample is the same alone and in any batch.
 """
@@ -23,6 +23,7 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
+from scoresde.adams import adams_each
 from scoresde.adaptive import PAIRS, Field, Rows, rows_of, solve_each
 from scoresde.types import SDE, Score, instant, like, wide
 
@@ -61,9 +62,11 @@ def flow(
     """The state at t1 of the probability flow through x at t; either direction.
 
     x (B, ...);  t, t1 in (0, T]
-    method: "each" (Dormand-Prince, own steps for each sample; "each:bosh3", "each:tsit5", "each:dop853":
-            by another pair), or a method of torchdiffeq
-    rtol, atol: for the adaptive methods (torchdiffeq's fehlberg2 misses them a hundredfold)
+    method: "each" (Adams, own steps and order for each sample; "each:bosh3", "each:dopri5", "each:tsit5",
+            "each:dop853": by this Runge-Kutta pair, own steps), or a method of torchdiffeq
+    rtol, atol: of z, for the adaptive methods.  On mixtures the worst of 256 samples ends within 1.7 times them with
+            "each", 11 with "each:dopri5", 67 (a norm of the worst sample) to 4000 (its own) with torchdiffeq's dopri5,
+            at 0.7 to 1.1 times the calls of the last; torchdiffeq's fehlberg2 misses them a hundredfold
     steps:  for the fixed ones, uniform in log(sigma/alpha)
     With "each" samples that have arrived leave the batch if the score has `rows` (`scoresde.adaptive`).
     """
@@ -149,7 +152,9 @@ def solve(
     adjoint: backwards by a second solve, in y and in these tensors (torchdiffeq's methods only)
     """
     if method in OWN_STEPS:
-        pair = PAIRS[method.removeprefix(EACH).removeprefix(":") or "dopri5"]
+        if method == EACH:
+            return adams_each(rhs, y, float(u), float(u1), rtol=rtol, atol=atol, rows=rows)
+        pair = PAIRS[method.removeprefix(f"{EACH}:")]
         return solve_each(rhs, y, float(u), float(u1), pair=pair, rtol=rtol, atol=atol, rows=rows)[0]
     ends = torch.stack([u, u1]).to(y.device, wide(y))
     options: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from truth import F64, gaussian_score, order, tensor
 
 from samplers import ode
 from scoresde import EDM, VP, Streams, counted, flow, mixture
-from scoresde.adaptive import PAIRS, _error, rows_of, rowwise, solve_each
+from scoresde.adaptive import PAIRS, _error, power, rows_of, rowwise, solve_each
 
 EVERY = pytest.mark.parametrize("name", PAIRS)
 
@@ -217,21 +217,22 @@ class Shifted:
 
 @pytest.mark.parametrize("D", [5, 48])
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
-def test_a_sample_alone_is_the_same_as_in_a_batch(D, dtype):
+@pytest.mark.parametrize("method", ["each", "each:dopri5"])
+def test_a_sample_alone_is_the_same_as_in_a_batch(D, dtype, method):
     """To the bit, through `flow` and `ode`, with rows that leave and a state for each row in the score."""
     sde, g = VP(), torch.Generator().manual_seed(0)
     mean = torch.randn(7, D, generator=g, dtype=F64).to(dtype)
     var = torch.logspace(-3, 1, 7, dtype=F64).to(dtype)[:, None].expand(7, D)
     x, counts = torch.randn(7, D, generator=g, dtype=F64).to(dtype), []
     score = Shifted(sde, mean, var, counts)
-    whole = flow(score, sde, x, sde.T, 1e-3, rtol=1e-4, atol=1e-4)
+    how = {"method": method, "rtol": 1e-4, "atol": 1e-4}
+    whole = flow(score, sde, x, sde.T, 1e-3, **how)
     assert set(counts) > {7, 1}
-    assert torch.equal(whole, ode(score, sde, x, tensor(sde.T, 1e-3), rtol=1e-4, atol=1e-4))
-    stay = flow(lambda x, t: gaussian_score(sde, mean, var)(x, t), sde, x, sde.T, 1e-3, rtol=1e-4, atol=1e-4)
-    assert torch.equal(whole, stay)
+    assert torch.equal(whole, ode(score, sde, x, tensor(sde.T, 1e-3), **how))
+    assert torch.equal(whole, flow(lambda x, t: gaussian_score(sde, mean, var)(x, t), sde, x, sde.T, 1e-3, **how))
     for part in (slice(0, 1), slice(2, 5), slice(6, 7)):
         index = torch.arange(7)[part]
-        assert torch.equal(flow(score.rows(index), sde, x[part], sde.T, 1e-3, rtol=1e-4, atol=1e-4), whole[part])
+        assert torch.equal(flow(score.rows(index), sde, x[part], sde.T, 1e-3, **how), whole[part])
 
 
 def test_rowwise_and_other_scores():
@@ -269,28 +270,26 @@ def in_log_ratio(score, sde):
 
 
 @pytest.mark.parametrize(("D", "seed", "sde"), [(2, 0, VP()), (2, 1, EDM()), (64, 1, VP()), (64, 5, VP())])
-def test_worst_sample_within_three_tolerances_at_no_more_calls_than_torchdiffeq(D, seed, sde):
+def test_worst_sample_within_the_tolerance_at_no_more_calls_than_torchdiffeq(D, seed, sde):
     """rtol = atol = tol from 1e-3 to 1e-7.  Error: the largest over 64 samples of the RMS over coordinates of
-    |x - exact| at t_end, against 3 tol.  Evaluations per sample at each tol, and batched calls over all of them,
-    against those of torchdiffeq's dopri5 with its default norm, whose worst sample misses tol by 8 to 100."""
+    |x - exact| at t_end, against tol.  Evaluations per sample and batched calls against those of torchdiffeq's dopri5
+    with its default norm, whose worst sample misses tol by 8 to 100."""
     score, x = problem(D, seed, sde)
     end = 1e-3 if isinstance(sde, VP) else sde.t_min
     want = flow(rowwise(score), sde, x, sde.T, end, rtol=1e-12, atol=1e-12, method="each:dop853")
     t = tensor(sde.T, end)
     R = (sde.alpha(t) ** 2 + sde.sigma(t) ** 2).sqrt()
-    calls = []
     for tol in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
         ours, theirs = counted(score), counted(score)
         got = flow(rowwise(ours), sde, x, sde.T, end, rtol=tol, atol=tol)
-        assert worst(got, want) < 3 * tol
+        assert worst(got, want) < tol
         options = {"step_t": -sde.lam(t[1:])}
         z = torchdiffeq.odeint(
             in_log_ratio(theirs, sde), x / R[0], -sde.lam(t), method="dopri5", rtol=tol, atol=tol, options=options
         )
         assert worst(z[-1] * R[1], want) > 8 * tol
-        assert ours.samples / 64 <= 1.05 * theirs.calls
-        calls.append((ours.calls, theirs.calls))
-    assert sum(o for o, _ in calls) <= 1.25 * sum(t for _, t in calls)
+        assert ours.samples / 64 <= 0.8 * theirs.calls
+        assert ours.calls <= theirs.calls
 
 
 def worst(x, want):
@@ -322,6 +321,15 @@ def test_a_scale_divides_the_error():
     plain = [solve([-1.0, -2.0], 1, rtol=0.0, atol=tol)[1] for tol in (1e-3, 1e-6)]
     scaled = solve([-1.0, -2.0], 1, rtol=0.0, atol=1e-3, scale=lambda u, y, dy: torch.full((2,), 1e-3, dtype=F64))[1]
     assert plain[0] < plain[1] == scaled
+
+
+def test_powers_do_not_see_each_other():
+    """To the bit, any part of a tensor alone; torch.pow fails this."""
+    e = 10 ** (4 * torch.rand(257, generator=torch.Generator().manual_seed(0), dtype=F64) - 3)
+    for p in (-0.14, 0.08, 1 / 3):
+        whole = power(e, p)
+        torch.testing.assert_close(whole, e**p, rtol=1e-14, atol=0)
+        assert all(torch.equal(power(e[i : i + n].clone(), p), whole[i : i + n]) for n in (1, 3, 8) for i in range(250))
 
 
 @EVERY

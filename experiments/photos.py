@@ -4,8 +4,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
+
+from scoresde import Score
 
 SEEN = 0.75  # of the width, from the left
 
@@ -47,6 +50,49 @@ def patches(photos: Sequence[Tensor], size: int) -> Callable[[int], tuple[Tensor
     return batch
 
 
+def windows(score: Score, size: int, stride: int) -> Score:
+    """s(x) = sum_w h_w s(x_w) / sum_w h_w over the size x size windows of x, h their tents   (pictures any size above).
+
+    A network whose layers take their statistics over the picture is asked only about pictures as large as those it
+    learned from; what it says is linear in its x0-estimate, so estimates are averaged alike.  stride: pixels from one
+    window to the next, the last at the edge.  One call, of (size/stride)^2 times the pixels.
+    """
+
+    def cut(n: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (k, size) of the windows along one axis, and their share of each of n pixels (k, size, n)."""
+        first = torch.tensor(sorted({*range(0, n - size, stride), n - size}))
+        at = first[:, None] + torch.arange(size)
+        tent = 0.5 + torch.minimum(torch.arange(size), torch.arange(size).flip(0))
+        share = F.one_hot(at, n).double() * tent[:, None]
+        return at.to(like.device), (share / share.sum((0, 1))).to(like)
+
+    def windowed(x: Tensor, t: Tensor) -> Tensor:
+        if min(x.shape[2:]) < size:
+            raise ValueError(f"pictures must be at least {size} x {size}, got {tuple(x.shape)}; give a smaller size")
+        (i, rows), (j, columns) = cut(x.shape[2], x), cut(x.shape[3], x)
+        own = x[:, :, i[:, None, :, None], j[None, :, None, :]]  # (B, C, k, l, size, size)
+        many = rearrange(own, "b c k l i j -> (b k l) c i j")
+        s = score(many, t.repeat_interleave(len(i) * len(j)) if t.ndim else t)
+        s = rearrange(s, "(b k l) c i j -> b c k l i j", k=len(i), l=len(j))
+        return torch.einsum("bcklij,kih,ljw->bchw", s, rows, columns)
+
+    return windowed
+
+
+def turned(score: Score) -> Score:
+    """s(x) = mean over the eight positions g of a picture of g^-1 s(g x): eight calls."""
+
+    def positions(x: Tensor, t: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for k in range(4):
+            y = x.rot90(k, (2, 3))
+            for s in (score(y, t), score(y.flip(3), t).flip(3)):
+                total += s.rot90(-k, (2, 3))
+        return total / 8
+
+    return positions
+
+
 def crops(strips: Sequence[Tensor], n: int, size: int) -> Tensor:
     """n crops down the middle of each strip, evenly spaced, (len(strips) n, 3, size, size)."""
     out = []
@@ -64,7 +110,10 @@ def psnr(x: Tensor, truth: Tensor, where: Tensor | None = None) -> float:
 
 
 def total_variation(noisy: Tensor, weight: float) -> Tensor:
-    """argmin_u |u - x|^2/2 + weight TV(u), colours together   (Chambolle 2004), nearly converged."""
+    """argmin_u |u - x|^2/2 + weight TV(u), each colour by itself   (Chambolle 2004).
+
+    Stopped where a step changes the objective by 1e-5 of it: the converged picture is worse, on the flower by 1 dB.
+    """
     from skimage.restoration import denoise_tv_chambolle
 
     out = []
@@ -75,29 +124,16 @@ def total_variation(noisy: Tensor, weight: float) -> Tensor:
 
 
 def best_total_variation(noisy: Tensor, truth: Tensor, sd: float) -> tuple[Tensor, float, float]:
-    """(picture, weight, PSNR) of the weight that is best on these pictures, to 2 %: a grid, then golden section."""
-    tried: dict[float, tuple[float, Tensor]] = {}
+    """(picture, weight, PSNR) of the weight that is best on these pictures, of 0.2 sd to 6 sd by 5 %.
 
-    def value(u: float) -> float:
-        if u not in tried:
-            x = total_variation(noisy, float(np.exp(u)))
-            tried[u] = psnr(x, truth), x
-        return tried[u][0]
-
-    ratio = (5**0.5 - 1) / 2
-    grid = np.linspace(np.log(0.2 * sd), np.log(6 * sd), 10).tolist()
-    k = min(max(int(np.argmax([value(u) for u in grid])), 1), 8)
-    low, high = grid[k - 1], grid[k + 1]
-    a, b = high - ratio * (high - low), low + ratio * (high - low)
-    while high - low > 0.02:
-        if value(a) > value(b):
-            high, b = b, a
-            a = high - ratio * (high - low)
-        else:
-            low, a = a, b
-            b = low + ratio * (high - low)
-    best = max(tried, key=value)
-    return tried[best][1], float(np.exp(best)), tried[best][0]
+    All are tried: on smooth pictures PSNR jumps with the weight, as the iteration stops here or there.
+    """
+    best = noisy, 0.0, -float("inf")
+    for weight in (0.2 * sd * 1.05 ** np.arange(70)).tolist():
+        x = total_variation(noisy, weight)
+        if (db := psnr(x, truth)) > best[2]:
+            best = x, weight, db
+    return best
 
 
 def bicubic(small: Tensor, factor: int) -> Tensor:

@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from guidance.rows import by_rows
 from guidance.weights import Interval, Weight, acting, check_weight, weight_at
 from scoresde.model import evaluate
 from scoresde.types import SDE, Score, like
 
 
+@by_rows("cond", "uncond", each=["w"])
 def cfg(cond: Score, uncond: Score, w: Weight, *, sde: SDE | None = None, interval: Interval | None = None) -> Score:
     """s = s_u + w (s_c - s_u)   (Ho & Salimans 2022; w here is their 1 + w).
 

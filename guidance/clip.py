@@ -28,6 +28,7 @@ from torch import Tensor
 
 from guidance.cutouts import Views, fit, resize
 from guidance.energy import Energy
+from scoresde.adaptive import rowwise
 
 Prompt = str | Tensor  # a text, or an image (1 or 3, H, W) with the values of x0
 
@@ -131,7 +132,7 @@ def clip_energy(
             d = 2 * torch.asin((gap / 2).clamp(max=1)) ** 2 @ w
         return d.reshape(n, len(x0)).mean(0).to(x0.dtype)
 
-    return E
+    return rowwise(E)
 
 
 def _preprocess(model: Any, parameter: Tensor) -> Callable[[Tensor, Views | None], Tensor]:

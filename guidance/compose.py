@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from guidance.rows import by_rows
 from guidance.weights import Weight, check_weight, weight_at
 from scoresde.model import evaluate
 from scoresde.types import SDE, Score
 
 
+@by_rows("scores", lists=["weights"])
 def product(scores: Sequence[Score], weights: Sequence[Weight], *, sde: SDE | None = None) -> Score:
     """s = sum_i w_i s_i, the score of prod_i p_i^(w_i) at sigma -> 0   (Hinton 2002; Du 2023).
 
@@ -34,6 +36,7 @@ def product(scores: Sequence[Score], weights: Sequence[Weight], *, sde: SDE | No
     return composed
 
 
+@by_rows("uncond", "conds", lists=["weights"])
 def conjunction(uncond: Score, conds: Sequence[Score], weights: Sequence[Weight], *, sde: SDE | None = None) -> Score:
     """AND / NOT: s = s_u + sum_i w_i (s_i - s_u)   (Liu 2022, Composable Diffusion, eq. 11 and 12).
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from guidance.rows import by_rows
 from guidance.weights import Interval, Weight, acting, check_weight, chosen, is_number, weight_at
 from scoresde.convert import denoised
 from scoresde.types import SDE, Score, like
@@ -14,6 +15,7 @@ from scoresde.types import SDE, Score, like
 Energy = Callable[[Tensor], Tensor]  # x0 (B, ...) -> (B,), low is good
 
 
+@by_rows("score", "E", each=["scale"])
 def energy(
     score: Score,
     sde: SDE,
@@ -29,7 +31,8 @@ def energy(
     """s' = s - scale grad_x E(x0(x)),  x0(x) = (x + sigma^2 s)/alpha   (Chung 2023, DPS; Bansal 2023).
 
     E:       x0 (B, ...) -> (B,), differentiable.  -log p(y | x0) is a classifier of clean images; E(decode(z0)) as
-             `lambda z0: E(decode(z0))` guides a latent model; a sum is `total([E1, E2], [w1, w2])`
+             `lambda z0: E(decode(z0))` guides a latent model; a sum is `total([E1, E2], [w1, w2])`.  One that holds
+             nothing for a row says so by `rowwise(E)`, and adaptive solvers let finished samples go
     scale:   0 off; a number, (B,), or a function of sigma/alpha
     through: True: the gradient goes through the network, dx0/dx exactly.  False, the cheap way: the
              network's Jacobian is replaced by that of Gaussian data of standard deviation
@@ -86,6 +89,7 @@ def stages(score: Score, sde: SDE, plan: Sequence[tuple[Interval, Energy]], scal
     return score
 
 
+@by_rows("score", "E", each=["rate"])
 def mpgd(
     score: Score,
     sde: SDE,
@@ -127,6 +131,7 @@ def mpgd(
     return guided
 
 
+@by_rows("score", "E", each=["scale"])
 def universal(
     score: Score,
     sde: SDE,
@@ -171,6 +176,7 @@ def universal(
     return guided
 
 
+@by_rows("score", "log_prob", each=["scale"])
 def classifier(
     score: Score,
     log_prob: Callable[[Tensor, Tensor], Tensor],

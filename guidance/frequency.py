@@ -7,10 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guidance.rows import by_rows
 from guidance.weights import Interval, Weight, check_weight, inside, is_number, weight_at
 from scoresde.types import SDE, Score
 
 
+@by_rows("cond", "uncond", each=["low", "high"])
 def frequency(
     cond: Score,
     uncond: Score,

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from guidance.energy import Energy
+from guidance.rows import by_rows
 
 
+@by_rows("energies")
 def total(energies: Sequence[Energy], weights: Sequence[float] | None = None) -> Energy:
     """E(x0) = sum_i w_i E_i(x0); without weights the mean: an ensemble of CLIPs, or CLIP and the losses below."""
     if not energies:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from guidance.cfg import cfg
 from guidance.rescale import check_kind, origin, ratio
+from guidance.rows import by_rows
 from guidance.weights import Interval, Weight, acting, check_weight, chosen, inside, is_number, weight_at
 from scoresde.convert import convert, denoised
 from scoresde.types import SDE, Score, like
@@ -28,6 +29,7 @@ def par(d: Tensor, y: Tensor) -> Tensor:
     return like(ratio(dot(d, y), dot(y, y)), y) * y
 
 
+@by_rows("cond", "uncond", each=["w"])
 def apg(
     cond: Score,
     uncond: Score,
@@ -69,6 +71,7 @@ def apg(
     return inside(interval, sde, (cond, uncond), projected)
 
 
+@by_rows("cond", "uncond", each=["w"])
 def zero_star(
     cond: Score,
     uncond: Score,
@@ -114,6 +117,7 @@ def zero_star(
     return still
 
 
+@by_rows("cond", "uncond", each=["w"])
 def tangential(
     cond: Score, uncond: Score, w: Weight, *, sde: SDE | None = None, interval: Interval | None = None
 ) -> Score:
@@ -142,6 +146,7 @@ def tangential(
     return inside(interval, sde, (cond, uncond), damped)
 
 
+@by_rows("cond", "uncond", "negatives", each=["w"], lists=["weights"])
 def perp_neg(
     cond: Score,
     uncond: Score,

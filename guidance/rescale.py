@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from guidance.cfg import cfg
+from guidance.rows import by_rows
 from guidance.weights import Interval, Weight, check_weight, inside
 from scoresde.convert import convert, line
 from scoresde.types import SDE, Score, like
@@ -13,6 +14,7 @@ from scoresde.types import SDE, Score, like
 LINEAR = ("score", "eps", "x0", "v", "velocity")
 
 
+@by_rows("cond", "uncond", each=["w"])
 def rescale(
     cond: Score,
     uncond: Score,

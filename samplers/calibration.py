@@ -39,7 +39,7 @@ def calibrate(
     t_end: float | None = None,
     model: str = "",
     searches: int | None = None,
-    polish: int = 200,
+    polish: int | None = None,
     teacher: int = 96,
     progress: bool = True,
 ) -> Calibration:
@@ -49,8 +49,8 @@ def calibrate(
     d:        the data's standard deviation
     model:    a name for the model with its guidance, asked for again when the solver is used
     searches: trials of other time points (a smooth warp of `grids.data_scale`, by Nelder-Mead); default 12 n
-    polish:   evaluations of the error at the end and its gradient, by L-BFGS; 0 leaves the closed form.  The score
-              must let gradients through
+    polish:   evaluations of the error at the end and its gradient, by L-BFGS, default 40 n; 0 leaves the closed form.
+              The score must let gradients through
     teacher:  steps of the exact paths (`angle` of order 4), good to about 1e-5 of the data
 
     n (searches + 3) + teacher network calls on the batch, and 2 n with n products with the network's Jacobian
@@ -86,7 +86,7 @@ def calibrate(
     bar.close()
     ts = bend(sde, base, warp)
     _, a, b = _fit(score, sde, path, ts, d, rows)
-    a, b = _polished(score, sde, path, ts, d, a, b, ~held, polish, progress)
+    a, b = _polished(score, sde, path, ts, d, a, b, ~held, 40 * n if polish is None else polish, progress)
     z, V = _run(score, sde, path.start, ts, d, a, b)
     out = z[-1] * float(nodes(angle_form(d), sde, ts).rho[-1])
     sizes = torch.stack(V).flatten(2).square().mean(2).sqrt().double()  # (n, B)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from truth import F64, SDES, gaussian_score, log_snr_grid, order, tensor, warped_grid
 
-from samplers import ancestral, ddim, euler_maruyama, grids
+from samplers import ancestral, angle, ddim, euler_maruyama, exponential_euler, grids, sa_solver, sde_dpmpp
 from samplers.brownian import brownian, keyed
 from scoresde import EDM, VE, VP, mixture
 
@@ -141,6 +141,63 @@ def test_refinement_to_rounding():
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
+def falling(r):
+    return 1 / (1 + r)
+
+
+def within(r):
+    """0 but from r = 0.3 to 1.2."""
+    return 1.3 * ((r > 0.3) & (r <= 1.2))
+
+
+def twice(r):
+    """0 but from r = 0.3 to 1.2, and above 3."""
+    return within(r) + 0.7 * (r > 3)
+
+
+@EVERY_SDE
+@pytest.mark.parametrize("tau", [falling, within, twice])
+def test_the_law_is_exact_for_a_tau_that_varies(name, tau, basis):
+    """Orthonormal again, and with a z for each step that starts where tau is not 0."""
+    sde = SDES[name]
+    for ts in (log_snr_grid(sde, 40), warped_grid(sde, 17)):
+        basis.clear()
+        noise, x = brownian(sde, ts, 0, 1, tau=tau), torch.zeros(1, 700, dtype=F64)
+        drawn = (tau(torch.exp(-sde.lam(ts[:-1]))) > 0).sum()
+        z = torch.cat([noise(x) for _ in range(drawn)])
+        torch.testing.assert_close(z @ z.T, torch.eye(len(z), dtype=F64), rtol=0, atol=1e-11)
+        with pytest.raises(ValueError, match=f"all {drawn} increments"):
+            noise(x)
+
+
+def test_the_clock_of_a_tau_that_varies():
+    """log c = 2 int tau^2 dlam, dlam = -dr/r: for tau = 1/(1 + r) it is 2 [log((1 + r)/r) - 1/(1 + r)]."""
+    ts = torch.exp(torch.linspace(math.log(80), math.log(0.002), 61, dtype=F64))
+    c = torch.exp(2 * ((1 + ts) / ts).log() - 2 / (1 + ts))
+    fine, coarse = (increments(EDM(), g, tau=falling, depth=20) for g in (ts, ts[::6]))
+    want = (fine * c.diff().sqrt()[:, None, None]).unflatten(0, (10, 6)).sum(1) / c[::6].diff().sqrt()[:, None, None]
+    torch.testing.assert_close(coarse, want, rtol=0, atol=1e-5)
+
+
+def test_steps_of_tau_are_exact_for_a_point_mass():
+    """tau 0, 1.3, 0.6 and 0 on four stretches: any grid with these ends on it gives the same end, to 1e-9."""
+    sde, ends = EDM(), 80 * torch.exp(-tensor([0.0, 2.0, 4.5, 6.0, 8.0]))  # ends of cells
+
+    def tau(r):
+        return tensor(0.0, 1.3, 0.6, 0.0)[torch.bucketize(-r * (1 - 1e-9), -ends[1:-1], right=True)]
+
+    def run(n, seed=0):
+        lam = [torch.linspace(float(a.log()), float(b.log()), n + 1, dtype=F64) for a, b in itertools.pairwise(ends)]
+        ts = torch.cat([lam[0], *(u[1:] for u in lam[1:])]).exp()
+        noise = brownian(sde, ts, seed, 3, tau=tau)
+        return exponential_euler(
+            gaussian_score(sde, 1.3, 0.0), sde, torch.ones(3, 2, dtype=F64), ts, tau=tau, noise=noise
+        )
+
+    torch.testing.assert_close(run(1), run(7), rtol=1e-9, atol=1e-9)
+    assert (run(1) - run(7, seed=1)).abs().max() > 1e-3
+
+
 @EVERY_SDE
 def test_one_step_is_many_for_a_point_mass(name):
     """x0 is constant there, so the ancestral step is the SDE's own solution: any grid, the same end, to 1e-9."""
@@ -193,6 +250,25 @@ def test_strong_order(sampler, sde):
     assert distance(run(64), run(128, seed=1)) > 20 * errors[-1]  # on two paths there is no such thing
 
 
+@pytest.mark.parametrize("tau", [falling, within])
+@pytest.mark.parametrize("sampler", [exponential_euler, sde_dpmpp, sa_solver, angle])
+def test_strong_order_with_a_tau_that_varies(sampler, tau):
+    """As above, for all samplers whose tau may; at least 1, as the flow's part is of order 2 in the multistep ones."""
+    sde, B = VP(), 300
+    target = mixture(tensor(0.3, 0.7), tensor([[-1.0, 0.5], [1.0, 0.0]]), var=tensor(0.6, 0.4)).score(sde)
+    x = 5 * sde.alpha(sde.time(-tensor(5.0).log())) * start(B)
+
+    def run(n, seed=0):
+        r = torch.exp(torch.linspace(math.log(5), math.log(0.1), n + 1, dtype=F64))
+        r = torch.cat([r, tensor(0.3, 1.2)]).sort(descending=True).values  # tau's ends
+        ts = sde.time(-r.log())
+        return sampler(target, sde, x, ts, tau=tau, noise=brownian(sde, ts, seed, B, tau=tau, depth=16))
+
+    errors = [distance(a, b) for a, b in itertools.pairwise([run(n) for n in (16, 32, 64, 128)])]
+    assert sum(order(errors)) / 2 > 0.85, errors
+    assert distance(run(64), run(128, seed=1)) > 10 * errors[-1]
+
+
 def test_a_sample_alone_is_the_same_as_in_a_batch():
     ts = log_snr_grid(VP(), 6)
     whole = increments(VP(), ts, 6, seed=7)
@@ -237,6 +313,15 @@ def test_errors():
         with pytest.raises(ValueError, match=match):
             brownian(**{"sde": VP(), "ts": ts, "seed": 0, "samples": 2, **knobs})
     brownian(VP(), tensor(0.5, 0.499999), 0, 2, depth=24)
+    for tau, match in (
+        (
+            lambda r: 1.0 * (r > 0.3678),
+            r"tau is not 0 at ts\[1\] = 0.367\d*, but 0 from there to ts\[2\].*let tau be 0",
+        ),
+        (lambda r: 1 / (r - r), "tau is not finite"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            brownian(EDM(T=1.0), torch.exp(-tensor(0, 1.0, 2.0)), 0, 2, tau=tau)
     with pytest.raises(ValueError, match=r"lam\(T\) \+ 32; t = 1e-15 lies 38.9208 above.*end the grid earlier"):
         brownian(EDM(), tensor(80, 1e-15), 0, 2)
     noise = brownian(VP(), ts, 0, 2)

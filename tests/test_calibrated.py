@@ -60,7 +60,7 @@ def digits(n):
     score = counted(p.score)
     x = p.start(256).float()
     solver = calibrate(score, p.sde, x, n, d=p.sigma_data, t_end=p.t_end, model="digits", progress=False)
-    assert score.calls <= n * (12 * n + 3) + 96 + 2 * n * (200 + 20) + 5 * n
+    assert score.calls <= n * (12 * n + 3) + 96 + 2 * n * (40 * n + 20 * n) + n * n
     return p, solver
 
 

@@ -6,8 +6,9 @@ First in closed form: the solver runs beside exact paths of the model, and a and
 
 are those of least squares over samples and coordinates that bring the state it has really reached to where
 the exact path is; a search moves the time points.  Then all a and b together, by gradients through the
-run, to where the error at the end is least: a step does best not by being right itself but by what the
-steps after it make of it   (Shaul 2024, Bespoke Non-Stationary Solvers, trains all its numbers so).
+run, to where the error at the end is least; above 10 steps from `angle` on a grid of `fit_grid`, too, and on with
+whichever is ahead.  A step does best not by being right itself but by what the steps after it make of it
+(Shaul 2024, Bespoke Non-Stationary Solvers, trains all its numbers so).
 """
 
 import math
@@ -19,14 +20,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from samplers import grids
+from samplers.adams import adams
 from samplers.angle import angle, angle_form
 from samplers.calibrated import Calibration
 from samplers.exponential import nodes, scale
-from samplers.fitted import bend, least
+from samplers.fitted import bend, fit_grid, least
 from scoresde.types import SDE, Score
 
 MEMORY = 4  # values a step may use
 ROUND = 40  # evaluations between two choices of the samples that count
+ALONE = 10  # steps up to which the closed form is the better start; above, `angle` on a fitted grid may be
 
 
 def calibrate(
@@ -80,14 +83,22 @@ def calibrate(
         ts = bend(sde, base, warp)
         if bool((ts.diff() >= 0).any()):
             return math.inf
-        return float(errors(_fit(score, sde, path, ts, d, rows)[0])[rows].square().mean().sqrt())
+        return float(errors(_fit(path, ts, rows)[0])[rows].square().mean().sqrt())
 
     warp, _ = least(objective, min(n - 1, 6), searches)
     bar.close()
     ts = bend(sde, base, warp)
-    _, a, b = _fit(score, sde, path, ts, d, rows)
-    a, b = _polished(score, sde, path, ts, d, a, b, ~held, 40 * n if polish is None else polish, progress)
-    z, V = _run(score, sde, path.start, ts, d, a, b)
+    _, a, b = _fit(path, ts, rows)
+    trials = 40 * n if polish is None else polish
+    bar = tqdm(total=trials, desc="polishing", disable=not progress or not trials)
+    a, b, left = _polished(path, ts, a, b, ~held, trials if n <= ALONE else trials // 4, bar)
+    if n > ALONE and trials:
+        other, order = fit_grid(score, sde, x, d=d, t_end=t_end).plan(sde, n)
+        a1, b1, left1 = _polished(path, other, *_of_angle(sde, other, d, order), ~held, trials // 4, bar)
+        ts, a, b = (other, a1, b1) if left1 < left else (ts, a, b)
+        a, b, _ = _polished(path, ts, a, b, ~held, trials // 2, bar)
+    bar.close()
+    z, V = _run(path, ts, a, b)
     out = z[-1] * float(nodes(angle_form(d), sde, ts).rho[-1])
     sizes = torch.stack(V).flatten(2).square().mean(2).sqrt().double()  # (n, B)
     low, high = sizes.amin(1), sizes.amax(1)
@@ -123,6 +134,7 @@ class _Path:
     """Paths of the flow by many steps, at any time in between."""
 
     def __init__(self, score: Score, sde: SDE, x: Tensor, d: float, t_end: float | None, n: int) -> None:
+        self.score, self.sde = score, sde
         ts = grids.data_scale(sde, n, d=d, t_end=t_end)
         self.d, states = d, [x]
         self.start = x
@@ -141,17 +153,15 @@ class _Path:
         return torch.einsum("k,k...->...", self.z.new_tensor(w), self.z[first : first + 6])
 
 
-def _fit(
-    score: Score, sde: SDE, path: _Path, ts: Tensor, d: float, rows: Tensor
-) -> tuple[Tensor, list[float], list[list[float]]]:
+def _fit(path: _Path, ts: Tensor, rows: Tensor) -> tuple[Tensor, list[float], list[list[float]]]:
     """Least squares step by step, along the states really reached; the end state, a and b."""
-    at = nodes(angle_form(d), sde, ts)
+    at = nodes(angle_form(path.d), path.sde, ts)
     q, factor = scale(at)
     x, a, b = path.start, [], []
     memory: list[Tensor] = []
     with torch.no_grad():
         for i in range(len(ts) - 1):
-            V = torch.add(x, score(x, ts[i]), alpha=q[i] or 0.0) * float(factor[i])
+            V = torch.add(x, path.score(x, ts[i]), alpha=q[i] or 0.0) * float(factor[i])
             memory = [V, *memory][:MEMORY]
             z = x / float(at.rho[i])
             known = torch.stack([z, *memory]).double()
@@ -166,34 +176,32 @@ def _fit(
     return x, a, b
 
 
-def _run(
-    score: Score, sde: SDE, x: Tensor, ts: Tensor, d: float, a: list[float], b: list[list[float]]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The states z_0 .. z_n of a solver and its values V_0 .. V_(n-1)."""
+def _of_angle(sde: SDE, ts: Tensor, d: float, order: int) -> tuple[list[float], list[list[float]]]:
+    """a and b of `angle`."""
+    rows = [row for (row,) in adams(sde, ts, angle_form(d), order, correct=order, start="rise")]
     at = nodes(angle_form(d), sde, ts)
+    size = scale(at)[1]
+    a = [row.a * float(at.rho[i] / at.rho[i + 1]) for i, row in enumerate(rows)]
+    return a, [[w / float(at.rho[i + 1] * size[i - j]) for j, w in enumerate(row.b)] for i, row in enumerate(rows)]
+
+
+def _run(path: _Path, ts: Tensor, a: list[float], b: list[list[float]]) -> tuple[list[Tensor], list[Tensor]]:
+    """The states z_0 .. z_n of a solver and its values V_0 .. V_(n-1)."""
+    at = nodes(angle_form(path.d), path.sde, ts)
     q, factor = scale(at)
-    z, V = [x / float(at.rho[0])], []
+    z, V = [path.start / float(at.rho[0])], []
     with torch.no_grad():
         for i in range(len(a)):
             y = z[i] * float(at.rho[i])
-            V.append(torch.add(y, score(y, ts[i]), alpha=q[i] or 0.0) * float(factor[i]))
+            V.append(torch.add(y, path.score(y, ts[i]), alpha=q[i] or 0.0) * float(factor[i]))
             z.append(a[i] * z[i] + sum((w * V[i - j] for j, w in enumerate(b[i])), torch.zeros_like(y)))
     return z, V
 
 
 def _polished(
-    score: Score,
-    sde: SDE,
-    path: _Path,
-    ts: Tensor,
-    d: float,
-    a: list[float],
-    b: list[list[float]],
-    fitting: Tensor,
-    trials: int,
-    progress: bool,
-) -> tuple[list[float], list[list[float]]]:
-    """a and b that make log mean |z_n - exact|^2 least over the 95 % of `fitting` with the smallest error.
+    path: _Path, ts: Tensor, a: list[float], b: list[list[float]], fitting: Tensor, trials: int, bar: tqdm
+) -> tuple[list[float], list[list[float]], float]:
+    """a and b that make log sum |z_n - exact|^2 least over the 95 % of `fitting` with the smallest error, and that log.
 
     Its gradient by the adjoint, l_n that of the end, with one product with the score's Jacobian a step:
 
@@ -201,14 +209,13 @@ def _polished(
         l_i = a_i l_(i+1) + (dV_i/dz_i)' g_i
     """
     n, sizes = len(a), [1 + len(w) for w in b]
-    at = nodes(angle_form(d), sde, ts)
+    at = nodes(angle_form(path.d), path.sde, ts)
     q, factor = scale(at)
-    angle_step = -torch.atan(at.r / d).diff() / d
+    angle_step = -torch.atan(at.r / path.d).diff() / path.d
     unit = np.concatenate([[0.01, *[h] * (k - 1)] for h, k in zip(angle_step.tolist(), sizes, strict=True)])
     first = np.concatenate([[p, *w] for p, w in zip(a, b, strict=True)])
     end = path.end / float(at.rho[-1])
     keep = math.ceil(0.95 * int(fitting.sum()))
-    bar = tqdm(total=trials, desc="polishing", disable=not progress or not trials)
 
     def numbers(theta: np.ndarray) -> tuple[list[float], list[list[float]]]:
         parts = np.split(first + unit * theta, np.cumsum(sizes)[:-1])
@@ -220,7 +227,7 @@ def _polished(
     def objective(theta: np.ndarray, kept: Tensor) -> tuple[float, np.ndarray]:
         bar.update(1)
         a, b = numbers(theta)
-        z, V = _run(score, sde, path.start, ts, d, a, b)
+        z, V = _run(path, ts, a, b)
         total = float(wrong(z[-1])[kept].sum())
         if not 0 < total < math.inf:
             return math.inf, np.zeros_like(theta)
@@ -236,19 +243,18 @@ def _polished(
 
             def value(z: Tensor, i: int = i) -> Tensor:
                 y = z * float(at.rho[i])
-                return torch.add(y, score(y, ts[i]), alpha=q[i] or 0.0) * float(factor[i])
+                return torch.add(y, path.score(y, ts[i]), alpha=q[i] or 0.0) * float(factor[i])
 
             ahead = a[i] * ahead + torch.func.vjp(value, z[i])[1](g[i])[0]
         return math.log(total), unit * np.concatenate(slopes[::-1])
 
     theta, last = np.zeros_like(first), math.inf
     for _ in range(math.ceil(trials / ROUND)):
-        errors = wrong(_run(score, sde, path.start, ts, d, *numbers(theta))[0][-1])
+        errors = wrong(_run(path, ts, *numbers(theta))[0][-1])
         kept = errors.masked_fill(~fitting.to(errors.device), math.inf).argsort()[:keep]
         options = {"maxfun": ROUND, "maxcor": ROUND, "ftol": 1e-12, "gtol": 1e-12}
         found = minimize(objective, theta, (kept,), "L-BFGS-B", jac=True, options=options)
         theta, before, last = found.x, last, float(found.fun)
         if before - last < 0.01:
             break
-    bar.close()
-    return numbers(theta)
+    return *numbers(theta), last

@@ -9,8 +9,9 @@ draw noise, in place.
 
 Claims: one-step samplers at most 1.3 times their bare loop; multistep of order 3 at most 2.0 times;
 with --peers (the extra `bench`) both below every sampler of diffusers, k-diffusion and azula of their kind.
-To expect: one-step samplers 1.2 to 1.3, deis of order 3 3.2 and multistep 4.3, whose claims do NOT hold (why:
-docs/decisions.md); figures move by a tenth with what else the machine does.
+To expect: one-step samplers 1.18 to 1.31 (up to three miss their claim by 0.01 in some runs), deis of order 3 3.1
+and multistep 4.2, whose claims do NOT hold (why: docs/decisions.md); figures move by a tenth with what else the
+machine does.
 """
 
 import time

@@ -12,6 +12,8 @@ whichever is ahead.  A step does best not by being right itself but by what the 
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from samplers import grids
 from samplers.adams import adams
 from samplers.angle import angle, angle_form
 from samplers.calibrated import Calibration
-from samplers.exponential import nodes, scale
+from samplers.exponential import Nodes, nodes, scale
 from samplers.fitted import bend, fit_grid, least
 from scoresde.types import SDE, Score
 
@@ -83,23 +85,25 @@ def calibrate(
         ts = bend(sde, base, warp)
         if bool((ts.diff() >= 0).any()):
             return math.inf
-        return float(errors(_fit(path, ts, rows)[0])[rows].square().mean().sqrt())
+        at = nodes(angle_form(d), sde, ts)
+        return float(errors(_fit(path, at, rows)[0] * float(at.rho[-1]))[rows].square().mean().sqrt())
 
     warp, _ = least(objective, min(n - 1, 6), searches)
     bar.close()
-    ts = bend(sde, base, warp)
-    _, a, b = _fit(path, ts, rows)
+    at = nodes(angle_form(d), sde, bend(sde, base, warp))
+    _, a, b = _fit(path, at, rows)
     trials = 40 * n if polish is None else polish
     bar = tqdm(total=trials, desc="polishing", disable=not progress or not trials)
-    a, b, left = _polished(path, ts, a, b, ~held, trials if n <= ALONE else trials // 4, bar)
+    a, b, left = _polished(path, at, a, b, ~held, trials if n <= ALONE else trials // 4, bar)
     if n > ALONE and trials:
-        other, order = fit_grid(score, sde, x, d=d, t_end=t_end).plan(sde, n)
-        a1, b1, left1 = _polished(path, other, *_of_angle(sde, other, d, order), ~held, trials // 4, bar)
-        ts, a, b = (other, a1, b1) if left1 < left else (ts, a, b)
-        a, b, _ = _polished(path, ts, a, b, ~held, trials // 2, bar)
+        ts, order = fit_grid(score, sde, x, d=d, t_end=t_end).plan(sde, n)
+        other = nodes(angle_form(d), sde, ts)
+        a1, b1, left1 = _polished(path, other, *_of_angle(other, order), ~held, trials // 4, bar)
+        at, a, b = (other, a1, b1) if left1 < left else (at, a, b)
+        a, b, _ = _polished(path, at, a, b, ~held, trials // 2, bar)
     bar.close()
-    z, V = _run(path, ts, a, b)
-    out = z[-1] * float(nodes(angle_form(d), sde, ts).rho[-1])
+    z, V = _run(path, at, a, b)
+    out = z[-1] * float(at.rho[-1])
     sizes = torch.stack(V).flatten(2).square().mean(2).sqrt().double()  # (n, B)
     low, high = sizes.amin(1), sizes.amax(1)
     margin = 0.2 * (high - low)
@@ -109,7 +113,7 @@ def calibrate(
 
     fitted, before = errors(out), rms(plain, 0.95)
     found = Calibration(
-        ts.tolist(),
+        at.t.tolist(),
         d,
         a,
         b,
@@ -134,7 +138,7 @@ class _Path:
     """Paths of the flow by many steps, at any time in between."""
 
     def __init__(self, score: Score, sde: SDE, x: Tensor, d: float, t_end: float | None, n: int) -> None:
-        self.score, self.sde = score, sde
+        self.score = score
         ts = grids.data_scale(sde, n, d=d, t_end=t_end)
         self.d, states = d, [x]
         self.start = x
@@ -153,17 +157,25 @@ class _Path:
         return torch.einsum("k,k...->...", self.z.new_tensor(w), self.z[first : first + 6])
 
 
-def _fit(path: _Path, ts: Tensor, rows: Tensor) -> tuple[Tensor, list[float], list[list[float]]]:
-    """Least squares step by step, along the states really reached; the end state, a and b."""
-    at = nodes(angle_form(path.d), path.sde, ts)
+def _value(path: _Path, at: Nodes) -> Callable[[int, Tensor], Tensor]:
+    """(i, z) -> V_i, by one network call."""
     q, factor = scale(at)
-    x, a, b = path.start, [], []
+
+    def value(i: int, z: Tensor) -> Tensor:
+        y = z * float(at.rho[i])
+        return torch.add(y, path.score(y, at.t[i]), alpha=q[i] or 0.0) * float(factor[i])
+
+    return value
+
+
+def _fit(path: _Path, at: Nodes, rows: Tensor) -> tuple[Tensor, list[float], list[list[float]]]:
+    """Least squares step by step, along the states really reached; z_n, a and b."""
+    value = _value(path, at)
+    z, a, b = path.start / float(at.rho[0]), [], []
     memory: list[Tensor] = []
     with torch.no_grad():
-        for i in range(len(ts) - 1):
-            V = torch.add(x, path.score(x, ts[i]), alpha=q[i] or 0.0) * float(factor[i])
-            memory = [V, *memory][:MEMORY]
-            z = x / float(at.rho[i])
+        for i in range(len(at.t) - 1):
+            memory = [value(i, z), *memory][:MEMORY]
             known = torch.stack([z, *memory]).double()
             target = path.at(float(at.r[i + 1])).double()
             F = known[:, rows].flatten(1)
@@ -172,34 +184,31 @@ def _fit(path: _Path, ts: Tensor, rows: Tensor) -> tuple[Tensor, list[float], li
             c = torch.linalg.solve(G.cpu(), g.cpu())
             a.append(1 + float(c[0]))
             b.append(c[1:].tolist())
-            x = (z + torch.einsum("k,k...->...", c.to(known), known).to(x)) * float(at.rho[i + 1])
-    return x, a, b
+            z = z + torch.einsum("k,k...->...", c.to(known), known).to(z)
+    return z, a, b
 
 
-def _of_angle(sde: SDE, ts: Tensor, d: float, order: int) -> tuple[list[float], list[list[float]]]:
+def _of_angle(at: Nodes, order: int) -> tuple[list[float], list[list[float]]]:
     """a and b of `angle`."""
-    rows = [row for (row,) in adams(sde, ts, angle_form(d), order, correct=order, start="rise")]
-    at = nodes(angle_form(d), sde, ts)
+    rows = [row for (row,) in adams(at.sde, at.t, at.form, order, correct=order, start="rise")]
     size = scale(at)[1]
     a = [row.a * float(at.rho[i] / at.rho[i + 1]) for i, row in enumerate(rows)]
     return a, [[w / float(at.rho[i + 1] * size[i - j]) for j, w in enumerate(row.b)] for i, row in enumerate(rows)]
 
 
-def _run(path: _Path, ts: Tensor, a: list[float], b: list[list[float]]) -> tuple[list[Tensor], list[Tensor]]:
+def _run(path: _Path, at: Nodes, a: list[float], b: list[list[float]]) -> tuple[list[Tensor], list[Tensor]]:
     """The states z_0 .. z_n of a solver and its values V_0 .. V_(n-1)."""
-    at = nodes(angle_form(path.d), path.sde, ts)
-    q, factor = scale(at)
+    value = _value(path, at)
     z, V = [path.start / float(at.rho[0])], []
     with torch.no_grad():
         for i in range(len(a)):
-            y = z[i] * float(at.rho[i])
-            V.append(torch.add(y, path.score(y, ts[i]), alpha=q[i] or 0.0) * float(factor[i]))
-            z.append(a[i] * z[i] + sum((w * V[i - j] for j, w in enumerate(b[i])), torch.zeros_like(y)))
+            V.append(value(i, z[i]))
+            z.append(a[i] * z[i] + sum((w * V[i - j] for j, w in enumerate(b[i])), torch.zeros_like(z[i])))
     return z, V
 
 
 def _polished(
-    path: _Path, ts: Tensor, a: list[float], b: list[list[float]], fitting: Tensor, trials: int, bar: tqdm
+    path: _Path, at: Nodes, a: list[float], b: list[list[float]], fitting: Tensor, trials: int, bar: tqdm
 ) -> tuple[list[float], list[list[float]], float]:
     """a and b that make log sum |z_n - exact|^2 least over the 95 % of `fitting` with the smallest error, and that log.
 
@@ -209,8 +218,7 @@ def _polished(
         l_i = a_i l_(i+1) + (dV_i/dz_i)' g_i
     """
     n, sizes = len(a), [1 + len(w) for w in b]
-    at = nodes(angle_form(path.d), path.sde, ts)
-    q, factor = scale(at)
+    value = _value(path, at)
     angle_step = -torch.atan(at.r / path.d).diff() / path.d
     unit = np.concatenate([[0.01, *[h] * (k - 1)] for h, k in zip(angle_step.tolist(), sizes, strict=True)])
     first = np.concatenate([[p, *w] for p, w in zip(a, b, strict=True)])
@@ -227,7 +235,7 @@ def _polished(
     def objective(theta: np.ndarray, kept: Tensor) -> tuple[float, np.ndarray]:
         bar.update(1)
         a, b = numbers(theta)
-        z, V = _run(path, ts, a, b)
+        z, V = _run(path, at, a, b)
         total = float(wrong(z[-1])[kept].sum())
         if not 0 < total < math.inf:
             return math.inf, np.zeros_like(theta)
@@ -240,17 +248,12 @@ def _polished(
             slopes.append([float((ahead * v).sum(dtype=torch.float64)) for v in used])
             for j, w in enumerate(b[i]):
                 g[i - j] += w * ahead
-
-            def value(z: Tensor, i: int = i) -> Tensor:
-                y = z * float(at.rho[i])
-                return torch.add(y, path.score(y, ts[i]), alpha=q[i] or 0.0) * float(factor[i])
-
-            ahead = a[i] * ahead + torch.func.vjp(value, z[i])[1](g[i])[0]
+            ahead = a[i] * ahead + torch.func.vjp(partial(value, i), z[i])[1](g[i])[0]
         return math.log(total), unit * np.concatenate(slopes[::-1])
 
     theta, last = np.zeros_like(first), math.inf
     for _ in range(math.ceil(trials / ROUND)):
-        errors = wrong(_run(path, ts, *numbers(theta))[0][-1])
+        errors = wrong(_run(path, at, *numbers(theta))[0][-1])
         kept = errors.masked_fill(~fitting.to(errors.device), math.inf).argsort()[:keep]
         options = {"maxfun": ROUND, "maxcor": ROUND, "ftol": 1e-12, "gtol": 1e-12}
         found = minimize(objective, theta, (kept,), "L-BFGS-B", jac=True, options=options)

@@ -20,7 +20,7 @@ def forward_kernel(sde: SDE, ts: Tensor) -> tuple[Tensor, Tensor]:
     alpha, sigma = sde.alpha(ts), sde.sigma(ts)
     r = alpha[:-1] / alpha[1:]
     # G^2 = sigma^2 (1 - q), q = (r sigma1/sigma)^2 = exp(-2 (lam1 - lam)): expm1 keeps short steps exact
-    log_q = 2 * (sde.lam(ts[:-1]) - sde.lam(ts[1:]))
+    log_q = -2 * sde.lam(ts).diff()
     return r, -(sigma[:-1] ** 2) * torch.expm1(log_q)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresde.adaptive import Field, Rows, check_step, power, rms
+from scoresde.adaptive import Field, Rows, check_step, in_order, power, rms
 from scoresde.types import like, wide
 
 ORDERS = 8
@@ -103,8 +103,7 @@ def adams_each(
                 past, D = past[:, running], D[:, running]
     else:
         raise FloatingPointError(f"no end after {max_steps} steps at rtol = {rtol:.1g}, atol = {atol:.1g}; loosen them")
-    order = torch.cat([i for i, _ in ended])
-    return torch.cat([v for _, v in ended])[torch.argsort(order)]
+    return in_order(ended)
 
 
 def _integrals(at: Tensor, h: Tensor, past: Tensor, unit: float) -> Tensor:

@@ -228,8 +228,7 @@ def solve_each(
                 index, at, y, k1, h, last = (v[running] for v in (index, at, y, k1, h, last))
     else:
         raise FloatingPointError(f"no end after {max_steps} steps at rtol = {rtol:.1g}, atol = {atol:.1g}; loosen them")
-    order = torch.cat([i for i, _ in ended])
-    return torch.cat([v for _, v in ended])[torch.argsort(order)], at_nodes
+    return in_order(ended), at_nodes
 
 
 def _error(pair: Pair, dy: Tensor, k: list[Tensor], allowed: Tensor) -> Tensor:
@@ -239,6 +238,12 @@ def _error(pair: Pair, dy: Tensor, k: list[Tensor], allowed: Tensor) -> Tensor:
         return err
     other = rms((dy * _sum(pair.E3, k) / allowed).detach()).to(err)
     return err * err / (err**2 + 0.01 * other**2).sqrt().clamp(min=torch.finfo(err.dtype).tiny)
+
+
+def in_order(ended: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Rows (index, rows) that ended at different times, in the order of their index."""
+    index, rows = (torch.cat(parts) for parts in zip(*ended, strict=True))
+    return rows[torch.argsort(index)]
 
 
 def check_step(

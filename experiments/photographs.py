@@ -2,8 +2,8 @@
 
 Claims (one CPU thread).  Trained for 90 s of CPU time on 16 x 16 patches of the left three quarters of scikit-learn's
 two photographs, and asked about the right quarter, all numbers in [-1, 1]:
-    denoising both strips, 427 x 160: the network's x0-estimate (mean over eight positions, eight calls) beats total
-    variation of each colour, its weight tuned on each strip itself, by >= 2.5 dB at noise 0.1, 0.2 and 0.4;
+    denoising both strips, 426 x 160: the network's x0-estimate (mean over eight positions and of two scales) beats
+    total variation of each colour, its weight tuned on each strip itself, by >= 2.5 dB at noise 0.1, 0.2 and 0.4;
     2 x super-resolution of crops of 64 x 64: the mean of posterior samples beats bicubic interpolation;
     inpainting them, three quarters of the pixels lost at random: that mean beats linear interpolation.
 
@@ -55,7 +55,7 @@ PATCH, STRIDE = 16, 8  # of training; from one window to the next
 @dataclass(frozen=True)
 class Size:
     seconds: float = 88.0  # what comes before the first step belongs to the claim's 90
-    rows: int = 427  # of the strips
+    rows: int = 426  # of the strips, of 427: even
     crops: int = 4  # a photograph
     samples: int = 12  # a posterior
     steps: int = 25
@@ -79,9 +79,16 @@ class Run:
         return Streams(self.seed * 1000 + stream, n)
 
     def estimate(self, y: Tensor, sd: float) -> Tensor:
-        """E[x0 | x0 + sd z = y], the mean over eight positions: eight network calls."""
-        t = SDE.time(-number(sd).log())
-        return denoised(photos.turned(self.score)(y, t), y, t, SDE)
+        """E[x0 | x0 + sd z = y] of y and of its 2 x 2 means, whose noise is sd/2: 16 network calls, worth ten.
+
+        The network sees no farther than its windows, and in half the size that is twice as far.
+        """
+
+        def mean(y: Tensor, sd: float) -> Tensor:
+            t = SDE.time(-number(sd).log())
+            return denoised(photos.turned(self.score)(y, t), y, t, SDE)
+
+        return photos.two_scales(mean(y, sd), mean(photos.halved(y), sd / 2))
 
 
 def times(u: Tensor) -> Tensor:

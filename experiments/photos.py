@@ -92,6 +92,19 @@ def turned(score: Score) -> Score:
     return positions
 
 
+def halved(x: Tensor) -> Tensor:
+    """Px, the means over 2 x 2 pixels, (B, C, H/2, W/2)."""
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        raise ValueError(f"height and width must be even, got {tuple(x.shape)}; crop a row or a column")
+    return F.avg_pool2d(x, 2)
+
+
+def two_scales(fine: Tensor, coarse: Tensor) -> Tensor:
+    """fine + U(coarse - P fine)/2: of two estimates of the 2 x 2 means the mean; U interpolates linearly."""
+    missing = F.interpolate(coarse - halved(fine), scale_factor=2, mode="bilinear", align_corners=False)
+    return fine + missing / 2
+
+
 def crops(strips: Sequence[Tensor], n: int, size: int) -> Tensor:
     """n crops down the middle of each strip, evenly spaced, (len(strips) n, 3, size, size)."""
     out = []

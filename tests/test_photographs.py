@@ -191,13 +191,45 @@ def gaussian(var):
     return lambda x, t: -x / (photographs.SDE.alpha(t) ** 2 * var + photographs.SDE.sigma(t) ** 2)
 
 
-def test_the_estimate_is_the_posterior_mean(tmp_path):
-    y = torch.randn(2, 3, 8, 9, dtype=torch.float64)
+def both_scales(y, sd, var=0.25):
+    """What the score of N(0, var) data says of a picture and, at half the noise, of its means."""
+    fine, coarse = (var / (var + s**2) for s in (sd, sd / 2))
+    means = torch.nn.functional.avg_pool2d(y, 2)
+    up = torch.nn.functional.interpolate(means, scale_factor=2, mode="bilinear")
+    return fine * y + (coarse - fine) / 2 * up
+
+
+def test_the_estimate_is_the_posterior_mean_of_pictures_of_one_colour(tmp_path):
+    """x0 = c in all pixels, c ~ N(0, v): the mean of n pixels tells all, on both scales the same."""
+    v, sde, pixels = 0.09, photographs.SDE, {"dim": (2, 3), "keepdim": True}
+    y = torch.randn(2, 3, 8, 12, dtype=torch.float64)
+
+    def one_colour(x, t):
+        r2 = sde.sigma(t) ** 2
+        n = x.shape[2] * x.shape[3]
+        return (x.mean(**pixels) * v / (v + r2 / n) - x) / r2
+
     for sd in photographs.NOISE:
-        score = counted(gaussian(0.25))
+        score = counted(one_colour)
         got = run(tmp_path, score).estimate(y, sd)
-        assert score.calls == 8
-        assert float((got - y * 0.25 / (0.25 + sd**2)).abs().max()) < 1e-9
+        assert score.calls == 16
+        assert float((got - y.mean(**pixels) * v / (v + sd**2 / 96)).abs().max()) < 1e-9
+        white = run(tmp_path, gaussian(0.25)).estimate(y, sd)
+        assert float((white - both_scales(y, sd)).abs().max()) < 1e-9
+
+
+def test_two_scales_have_the_mean_of_what_both_say_of_means():
+    """Errors a of the fine estimate's level, b of the coarse one's, and c of a pattern without means."""
+    x, pattern = ramp(), torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64).repeat(12, 12)
+    got = photos.two_scales(x + 0.3 + 0.2 * pattern, photos.halved(x) - 0.1)
+    assert float((got - (x + 0.1 + 0.2 * pattern)).abs().max()) < 1e-12
+    bump = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    bump[..., 1, 1] = 2.0  # half of it arrives, linearly: 9/16 where it is, 1/16 at the far corner of its neighbours
+    got = photos.two_scales(torch.zeros(1, 1, 8, 8, dtype=torch.float64), bump)
+    assert got[0, 0, 1:5, 1:5].diag().tolist() == pytest.approx([1 / 16, 9 / 16, 9 / 16, 1 / 16], abs=1e-12)
+    assert float(got.sum()) == pytest.approx(4.0)
+    with pytest.raises(ValueError, match=r"must be even, got \(1, 3, 24, 23\)"):
+        photos.halved(x[..., 1:])
 
 
 def test_noise_follows_from_seed_and_stream(tmp_path):
@@ -246,10 +278,13 @@ def test_a_model_is_taken_up_again_if_it_was_trained_as_long_from_the_same_seed(
 
     def trained(seed, seconds):
         args = argparse.Namespace(model=None, out=tmp_path, seed=seed)
-        photographs.trained(seen, args, seconds, torch.device("cpu"))
-        return "reusing" in capsys.readouterr().out
+        spent = photographs.trained(seen, args, seconds, torch.device("cpu"))[1]
+        return "reusing" in capsys.readouterr().out, spent
 
-    assert [trained(0, 0.2), trained(0, 0.2), trained(0, 0.1), trained(0, 0.6), trained(1, 0.1)] == [0, 1, 1, 0, 0]
+    reused, spent = trained(0, 0.2)  # a busy machine spends more than it was asked for
+    assert not reused
+    assert [trained(0, spent)[0], trained(0, spent / 2)[0], trained(0, spent + 0.1)[0]] == [True, True, False]
+    assert not trained(1, 0.1)[0]
 
 
 def test_denoising_is_claimed_over_all_strips_with_a_weight_for_each(tmp_path, capsys, monkeypatch):
@@ -263,7 +298,7 @@ def test_denoising_is_claimed_over_all_strips_with_a_weight_for_each(tmp_path, c
     for k, (sd, claim, line) in enumerate(zip(photographs.NOISE, claims, lines, strict=True)):
         y = x + sd * mine.noise(k, 2)(x)
         error = [10 ** (-photos.best_total_variation(y[i : i + 1], x[i : i + 1], sd)[2] / 10) for i in range(2)]
-        tv, ours = -10 * math.log10(sum(error) / 2), photos.psnr(y * 0.25 / (0.25 + sd**2), x)
+        tv, ours = -10 * math.log10(sum(error) / 2), photos.psnr(both_scales(y, sd), x)
         assert claim.value == pytest.approx(ours - tv, abs=1e-4)
         assert (claim.sense, claim.limit) == (">=", 2.5)
         assert f"at {sd:g}:" in claim.claim
@@ -271,7 +306,7 @@ def test_denoising_is_claimed_over_all_strips_with_a_weight_for_each(tmp_path, c
         assert figures[:4] == pytest.approx([sd, photos.psnr(y, x), tv, ours], abs=0.006)
         assert figures[4:] == pytest.approx(
             [v for i in range(2) for v in (photos.psnr(y[i : i + 1], x[i : i + 1]), -10 * math.log10(error[i]),
-             photos.psnr(y[i : i + 1] * 0.25 / (0.25 + sd**2), x[i : i + 1]))], abs=0.006)  # fmt: skip
+             photos.psnr(both_scales(y, sd)[i : i + 1], x[i : i + 1]))], abs=0.006)  # fmt: skip
 
 
 def test_the_mean_of_samples_is_held_against_its_rival(tmp_path, capsys):

@@ -23,7 +23,7 @@ def cfg(cond: Score, uncond: Score, w: Weight, *, sde: SDE | None = None, interv
     Bias: the result samples neither p_c nor the tilted density p_u^(1-w) p_c^w of the data, because
     noising does not commute with tilting; only for equal covariances at every t does it.
     Network calls: one for two `Model`s of the same network (a batch of 2 B), else two; one of B where
-    the rule is off: w = 0 or 1, or outside the interval.
+    the rule is off: w the plain number 0 or 1, or outside the interval.
     """
     check_weight(w, sde, interval)
     if not isinstance(w, Tensor) and not callable(w):

@@ -18,6 +18,8 @@ Judge a guide by an independent classifier, never by the CLIP itself: guided sam
 trained on noisy images, or several together (`total`), guides better.
 """
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -43,21 +45,39 @@ def load_clip(
 ) -> tuple[Any, Callable[[list[str]], Tensor]]:
     """(CLIP, tokenizer) of open_clip, in eval mode and frozen.
 
-    name:       an open_clip architecture ("ViT-B-32"), or "local-dir:FOLDER", or a folder
-    pretrained: an open_clip tag ("laion2b_s34b_b79k"), or a file of weights; then mean and std must be
-                given, because a bare file does not say them and OpenAI's would be used silently
+    name:       an open_clip architecture ("ViT-B-32"), a folder, "local-dir:FOLDER" or "hf-hub:OWNER/NAME"
+    pretrained: of an architecture: an open_clip tag ("laion2b_s34b_b79k"), or a file of weights
+    mean, std:  of the images it was trained on; must be given where neither a tag nor the folder's
+                open_clip_config.json tells them, because open_clip would take OpenAI's without a word
     """
     open_clip = _import_open_clip()
     if Path(name).is_dir():
         name = f"local-dir:{name}"
-    if pretrained is not None and Path(pretrained).is_file() and (mean is None or std is None):
+    folder = Path(name.removeprefix("local-dir:")) if name.startswith("local-dir:") else None
+    if pretrained is None and folder is None and not name.startswith("hf-hub:"):
         raise ValueError(
-            f"{pretrained} is a bare weights file that does not say how its images were normalised; "
-            "pass mean=... and std=... of its training, or use a folder with open_clip_config.json"
+            f"{name} without pretrained would be a network of random numbers; give a tag of "
+            f"open_clip.list_pretrained_tags_by_model({name!r}), or a file of weights"
+        )
+    bare = pretrained if pretrained is not None and Path(pretrained).is_file() else None
+    if folder is not None and not _says_normalisation(folder):
+        bare = str(folder)
+    if bare is not None and (mean is None or std is None):
+        raise ValueError(
+            f"{bare} does not say how its images were normalised; pass mean=... and std=... of its training, "
+            "or use a folder whose open_clip_config.json has them in preprocess_cfg"
         )
     own = {k: tuple(v) for k, v in (("mean", mean), ("std", std)) if v is not None}
     model = open_clip.create_model(name, pretrained=pretrained, device=device, force_preprocess_cfg=own)
     return model.eval().requires_grad_(False), open_clip.get_tokenizer(name)
+
+
+def _says_normalisation(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "open_clip_config.json").read_text())
+    except FileNotFoundError as err:
+        raise FileNotFoundError(f"{folder} is no CLIP of open_clip: it has no open_clip_config.json") from err
+    return {"mean", "std"} <= config.get("preprocess_cfg", {}).keys()
 
 
 def clip_energy(
@@ -82,9 +102,15 @@ def clip_energy(
     Size, resize mode, mean and std are the model's own.  For a latent model compose: `lambda z0: E(decode(z0))`.
     Cost: one CLIP pass forward and back for each view.
     """
+    if isinstance(prompts, str | Tensor) or isinstance(against, str | Tensor):
+        raise ValueError("prompts and against are lists, or {prompt: weight}; write ['a seven'] for one text")
     weights = dict(prompts) if isinstance(prompts, Mapping) else dict.fromkeys(prompts, 1.0)
     if not weights:
         raise ValueError("give at least one prompt")
+    if len(weights) < len(prompts):
+        raise ValueError(f"a prompt is given twice in {prompts}; give it a weight, {{prompt: 2.0}}")
+    if not all(math.isfinite(w) for w in weights.values()):
+        raise ValueError(f"the weights must be finite, got {list(weights.values())}")
     if distance not in ("cosine", "spherical", "softmax"):
         raise ValueError(f"unknown distance {distance!r}; choose cosine, spherical or softmax")
     if distance != "softmax" and against:

@@ -41,7 +41,7 @@ def daps(
     Bias: a Gaussian about one point stands for p(x0 | x_t), and an isotropic one; exact only where the data are one
     point wide at each scale.  ode_steps network calls a step of the sampler, no Jacobian product of the network.
     """
-    check_noise(noise_sd, positive=True)
+    check_noise(noise_sd, positive=True, finite=True)
     if ode_steps < 1 or langevin_steps < 1:
         raise ValueError(f"ode_steps and langevin_steps must be at least 1, got {ode_steps} and {langevin_steps}")
     if not (spread > 0 and 0 < step < 2):

@@ -75,6 +75,7 @@ def energy(
 def stages(score: Score, sde: SDE, plan: Sequence[tuple[Interval, Energy]], scale: Weight = 1.0, **knobs: Any) -> Score:
     """`energy` with another E in each interval of sigma/alpha: overviews first, details later.
 
+    scale: 0 off
     plan:  ((low, high), E), each acting where low <= sigma/alpha < high; they must not overlap, and between them
            nothing acts
     knobs: of `energy`
@@ -84,6 +85,7 @@ def stages(score: Score, sde: SDE, plan: Sequence[tuple[Interval, Energy]], scal
         if low < high:
             raise ValueError(f"stages must not overlap: one ends at sigma/alpha = {high:g}, the next begins at {low:g}")
     for (low, high), E in plan:
+        check_weight(scale, sde, (low, high))
         ends = (low, math.nextafter(high, -math.inf))
         score = energy(score, sde, E, scale, interval=ends, **knobs)
     return score
@@ -156,8 +158,8 @@ def universal(
     check_weight(scale, sde, interval)
     if not steps:
         return energy(score, sde, E, scale, interval=interval)
-    if not rate > 0:
-        raise ValueError(f"rate must be positive, got {rate}")
+    if not 0 < rate < math.inf:
+        raise ValueError(f"rate must be positive and finite, got {rate}")
     if is_number(scale, 0):
         return mpgd(score, sde, E, rate, steps=steps, interval=interval)
 

@@ -50,6 +50,7 @@ def feynman_kac(
     deterministic sampler leaves weights of infinite variance (Gaussians, w = 3: 0.4 % of 2000 particles count), and
     `ancestral` needs several hundred steps.
 
+    w:         a number; 0 unconditional and 1 conditional: the weights stay equal (off)
     threshold: in (0, 1).  When the effective share of the particles falls below it they are resampled, systematically,
                by W^tau with the largest tau that keeps the share at the threshold; W^(1-tau) stays with them.
                After the last step everything left is resampled
@@ -60,8 +61,8 @@ def feynman_kac(
     well inside the noise and take 60 steps or more.  Waits for the device once a step.
     Network calls: the sampler's own.
     """
-    if not math.isfinite(w):
-        raise ValueError(f"w must be finite, got {w}")
+    if not isinstance(w, int | float) or not math.isfinite(w):
+        raise ValueError(f"w must be a finite number, the same for all particles, got {w}")
     if not 0 < threshold < 1 or not 0 <= alarm < threshold:
         raise ValueError(f"0 <= alarm < threshold < 1 wanted, got alarm = {alarm}, threshold = {threshold}")
     asked: dict[float, Tensor] = {}  # sigma/alpha -> rate of log W there, (n,), of the last call at that time
@@ -95,7 +96,7 @@ def feynman_kac(
         asked.clear()
         share = effective(log_w[None])[0]
         ess.append(share)
-        if alarm and float(share) < alarm:
+        if alarm and not float(share) >= alarm:
             raise FloatingPointError(
                 f"after step {i + 1}, at t = {float(t):.4g}, {len(x)} particles are worth {float(share) * len(x):.1f}: "
                 "a few stand for all. Take a finer grid at high noise, a smaller w, or moves after each step "

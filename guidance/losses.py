@@ -1,5 +1,6 @@
 """Energies of the image alone, and sums of energies."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,8 @@ def total(energies: Sequence[Energy], weights: Sequence[float] | None = None) ->
     w = [1 / len(energies)] * len(energies) if weights is None else list(weights)
     if len(w) != len(energies):
         raise ValueError(f"give one weight an energy, got {len(energies)} energies and {len(w)} weights")
+    if not all(math.isfinite(k) for k in w):
+        raise ValueError(f"the weights must be finite, got {w}")
 
     def E(x0: Tensor) -> Tensor:
         value = w[0] * energies[0](x0)

@@ -290,7 +290,7 @@ def measured(A: Operator, y: Tensor, x0: Tensor) -> Tensor:
     return y.to(out) - out
 
 
-def check_noise(noise_sd: float, positive: bool = False) -> None:
+def check_noise(noise_sd: float, positive: bool = False, finite: bool = False) -> None:
     """The measurement's noise: >= 0, or inf where the measurement says nothing."""
     if isinstance(noise_sd, Tensor) or not noise_sd >= 0:
         raise ValueError(
@@ -298,6 +298,8 @@ def check_noise(noise_sd: float, positive: bool = False) -> None:
         )
     if positive and noise_sd == 0:
         raise ValueError("this rule divides by the measurement's noise; noise_sd must be positive")
+    if finite and noise_sd == math.inf:
+        raise ValueError("noise_sd = inf measures nothing, and this rule needs a measurement; sample the score itself")
 
 
 def check_linear(A: Operator) -> None:

@@ -56,7 +56,7 @@ def twisted(
     One network call a step, no Jacobian product.
     """
     check_linear(A)
-    check_noise(noise_sd, positive=True)
+    check_noise(noise_sd, positive=True, finite=True)
     if not 0 <= alarm < threshold < 1:
         raise ValueError(f"0 <= alarm < threshold < 1 wanted, got alarm = {alarm}, threshold = {threshold}")
     if group is not None and group < 1:
@@ -172,7 +172,7 @@ class Particles:
                 f"the steps were not those of ancestral on this grid (their noise has variance {z2:.4g} instead of 1), "
                 "and their weights mean nothing; run ancestral(s, sde, x, ts, on_step=[particles, ...]) on the same ts"
             )
-        if bool((self.ess < self._alarm).any()):
+        if not bool((self.ess >= self._alarm).all()):
             raise FloatingPointError(
                 f"{self}: a few stand for all.  Take more steps there, steps of `relax` after each, or more particles; "
                 "alarm=0 goes on regardless"

@@ -119,8 +119,10 @@ def ramp(w: float, low: float, high: float) -> Weight:
     (six Gaussians, w = 8: 61 % in one of two modes at r = 1.6, 52 % at the end); a late one does not.
     high about the data's standard deviation, low about 0.3 of it.  Give cfg interval=(0, high): one call above.
     """
-    if not math.isfinite(w) or not 0 < low < high:
-        raise ValueError(f"w must be finite and 0 < low < high (sigma/alpha), got w = {w}, low = {low}, high = {high}")
+    if not isinstance(w, int | float) or not math.isfinite(w) or not 0 < low < high:
+        raise ValueError(
+            f"w must be a finite number and 0 < low < high (sigma/alpha), got w = {w}, low = {low}, high = {high}"
+        )
 
     def weight(r: Tensor) -> Tensor:
         return 1 + (w - 1) * (torch.log(high / r) / math.log(high / low)).clamp(0, 1)

@@ -123,9 +123,10 @@ def travel(
     hooks ask for.  Below the noise of what `inpaint` replaces nothing pulls back to it, so travel above it only:
     interval = (noise_sd, inf).  `repeats` times jump more steps after every jump, and one z a return.
     """
-    if repeats < 0 or not 1 <= jump <= len(ts) - 1:
+    if not (isinstance(repeats, int) and isinstance(jump, int) and repeats >= 0 and 1 <= jump <= len(ts) - 1):
         raise ValueError(
-            f"repeats must be >= 0 and jump from 1 to the {len(ts) - 1} steps of the grid, got {repeats} and {jump}"
+            f"repeats must be an int >= 0 and jump one from 1 to the {len(ts) - 1} steps of the grid, "
+            f"got {repeats} and {jump}"
         )
     if interval is not None and not 0 <= interval[0] < interval[1]:
         raise ValueError(f"interval must be (low, high) in sigma/alpha with 0 <= low < high, got {interval}")

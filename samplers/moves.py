@@ -48,8 +48,10 @@ def metropolis(
     each = [n] * N if isinstance(n, int) else list(n)
     if len(each) != N or min(each) < 0:
         raise ValueError(f"n must be >= 0, one number or one for each of {N} steps, got {n}")
-    if not step > 0 or not width >= 0:
-        raise ValueError(f"step must be positive and width >= 0, got {step} and {width}; 0.3 and 0 suit most")
+    if not 0 < step < math.inf or not 0 <= width < math.inf:
+        raise ValueError(
+            f"step must be positive, width >= 0 and both finite, got {step} and {width}; 0.3 and 0 suit most"
+        )
     if ts[-1] == 0 and each[-1]:
         raise ValueError("the grid ends at t = 0, where the score is singular; end it at sde.t_min, or let n end in 0")
     e = (step * (sde.sigma(ts) ** 2 + (sde.alpha(ts) * width) ** 2)).tolist()[1:]

@@ -231,6 +231,21 @@ def test_a_bare_file_is_loaded_with_the_normalisation_it_was_trained_with(clip, 
         guidance.load_clip(name, file, mean=MEAN)
 
 
+def test_a_folder_that_does_not_say_its_normalisation_is_asked_for_it(clip, folder, tmp_path):
+    """Given, they are used; in part or not at all, open_clip would take OpenAI's for the rest."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    for left in ({}, {"mean": config["preprocess_cfg"]["mean"]}):
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config | {"preprocess_cfg": left}))
+        for name in (str(tmp_path), f"local-dir:{tmp_path}"):
+            with pytest.raises(ValueError, match="does not say how its images were normalised"):
+                guidance.load_clip(name)
+        told, _ = guidance.load_clip(str(tmp_path), mean=MEAN, std=STD)
+        same = guidance.clip_energy(told, clip[1], ["a seven"])(images())
+        torch.testing.assert_close(same, guidance.clip_energy(*clip, ["a seven"])(images()), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("cutouts", [None, guidance.cutouts(2)], ids=["whole", "cutouts"])
 def test_guided_score_is_the_numerical_gradient(clip, cutouts):
     """Through denoiser, crops and CLIP, in float32: central differences along random directions."""
@@ -262,8 +277,16 @@ def test_guidance_moves_the_denoised_image_towards_the_prompt(clip):
 def test_what_is_wrong_is_told(clip, folder):
     with pytest.raises(ValueError, match=r"pass mean=... and std="):
         guidance.load_clip("ViT-B-32", str(folder / "open_clip_model.safetensors"))
+    with pytest.raises(ValueError, match="ViT-B-32 without pretrained would be a network of random numbers"):
+        guidance.load_clip("ViT-B-32")
+    with pytest.raises(FileNotFoundError, match=r"it has no open_clip_config\.json"):
+        guidance.load_clip(str(folder.parent))
     for match, prompts, knobs in (
         ("at least one prompt", [], {}),
+        (r"write \['a seven'\] for one text", "a seven", {}),
+        (r"write \['a seven'\] for one text", ["a"], {"against": "b", "distance": "softmax"}),
+        ("given twice in", ["a", "b", "a"], {}),
+        (r"weights must be finite, got \[nan\]", {"a": float("nan")}, {}),
         ("unknown distance 'euclid'", ["a"], {"distance": "euclid"}),
         ("give those prompts a weight < 0", ["a"], {"against": ["b"]}),
         ("at least two prompts in all", ["a"], {"distance": "softmax"}),

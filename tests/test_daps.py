@@ -112,6 +112,8 @@ def test_errors():
     score, sde = gaussian_score(VP()), VP()
     with pytest.raises(ValueError, match="noise_sd must be positive"):
         daps(score, sde, A, Y, 0.0)
+    with pytest.raises(ValueError, match="noise_sd = inf measures nothing"):
+        daps(score, sde, A, Y, float("inf"))
     with pytest.raises(ValueError, match="at least 1, got 0 and 100"):
         daps(score, sde, A, Y, SD, ode_steps=0)
     with pytest.raises(ValueError, match=r"step lie in \(0, 2\), got 1.0 and 2.0"):

@@ -144,6 +144,8 @@ def test_stages_are_one_energy_at_a_time():
         close(got, SCORE(X, T) if E is None else energy(SCORE, SDE, E, 0.7, normalize=True)(X, T))
     with pytest.raises(ValueError, match="one ends at sigma/alpha = 2, the next begins at 1"):
         stages(SCORE, SDE, [((1.0, 3.0), wavy), ((0.0, 2.0), wavy)])
+    with pytest.raises(ValueError, match=r"low < high, got \(3.0, 1.0\)"):
+        stages(SCORE, SDE, [((3.0, 1.0), wavy)])
 
 
 def test_network_calls_and_gradients_are_as_told():
@@ -260,9 +262,11 @@ def test_what_is_wrong_is_told():
         ("steps must be at least 1, got 0", lambda: mpgd(SCORE, SDE, wavy, 1.0, steps=0)),
         ("steps must be >= 0, got -1", lambda: universal(SCORE, SDE, wavy, steps=-1)),
         ("rate must be positive", lambda: universal(SCORE, SDE, wavy, steps=1, rate=0.0)),
+        ("rate must be positive", lambda: universal(SCORE, SDE, wavy, steps=1, rate=math.inf)),
         ("the weight must be finite", lambda: mpgd(SCORE, SDE, wavy, math.inf)),
         ("at least one energy", lambda: total([])),
         ("2 energies and 1 weights", lambda: total([wavy, wavy], [1.0])),
+        (r"weights must be finite, got \[nan\]", lambda: total([wavy], [math.nan])),
         (r"got \(5, 3\)", lambda: total_variation(X)),
         ("low < high, got 1 and 1", lambda: out_of_range(X, 1, 1)),
         (r"images \(B, C, H, W\), got \(5, 3\)", lambda: gradient_picture(SCORE, SDE, wavy, X, T)),

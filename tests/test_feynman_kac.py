@@ -147,8 +147,14 @@ def test_alarm_and_bad_input():
         feynman_kac(cond, uncond, 2.0, SDE, ts, threshold=0.0)
     with pytest.raises(ValueError, match="threshold"):
         feynman_kac(cond, uncond, 2.0, SDE, ts, threshold=0.5, alarm=0.5)
-    with pytest.raises(ValueError, match="w must be finite"):
-        feynman_kac(cond, uncond, math.nan, SDE, ts)
+    for w in (math.nan, torch.ones(n), lambda r: r):
+        with pytest.raises(ValueError, match="w must be a finite number"):
+            feynman_kac(cond, uncond, w, SDE, ts)
+        with pytest.raises(ValueError, match="w must be a finite number"):
+            guidance.ramp(w, 0.1, 0.5)
+    lost = feynman_kac(lambda x, t: x * math.nan, uncond, 2.0, SDE, ts)
+    with pytest.raises(FloatingPointError, match="particles are worth nan"):
+        ddim(lost.score, SDE, x, ts, on_step=lost.hook)
     fk = feynman_kac(cond, uncond, 1.0, SDE, ts)
     with pytest.raises(ValueError, match="one time for the whole batch"):
         fk.score(x, torch.full((n,), 0.5))

@@ -107,7 +107,12 @@ def test_alone_is_as_in_a_batch_and_calls_are_counted():
 
 def test_bad_input():
     score = three_classes().score(SDE)
-    for knobs, words in (({"n": -1}, "n must be >= 0"), ({"n": [1, 2]}, "one for each of 1"), ({"step": 0.0}, "step")):
+    for knobs, words in (
+        ({"n": -1}, "n must be >= 0"),
+        ({"n": [1, 2]}, "one for each of 1"),
+        ({"step": 0.0}, "step"),
+        ({"width": math.inf}, "both finite, got 0.3 and inf"),
+    ):
         with pytest.raises(ValueError, match=words):
             metropolis(score, SDE, TS, **knobs)
     with pytest.raises(ValueError, match="singular"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from truth import F64, Draws, gaussian_map, gaussian_score, log_snr_grid, marginal, moments, tensor
 
+from guidance import energy
 from samplers import SAMPLERS, angle, ddim, grids, hooks, perturb
 from samplers.loop import integrate
 from scoresde import EDM, VP, Streams, counted
@@ -101,6 +102,29 @@ def test_any_sampler_travels(name):
     whole = run(range(3))
     assert torch.equal(run(range(1, 2)), whole[1:2])
     assert whole.abs().max() < 5
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_an_energy_that_travels_samples_the_tilt(through):
+    """E = c x0 tilts N(0, v) to N(-c v, v), at every t: travelled samples are those of its score, and reach its law."""
+    c, repeats = 1.7, 2
+    guided = energy(SCORE, SDE, lambda x0: c * x0.flatten(1).sum(1), through=through, sigma_data=VAR**0.5)
+    tilted = gaussian_score(SDE, -c * VAR, VAR)
+
+    def run(score, sde, x, ts, *, noise):
+        return ddim(score, sde, x, ts, on_step=travelling(ddim, repeats, noise, ts, score))
+
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    got, want = (run(s, SDE, x, TS, noise=Streams(0, 5)) for s in (guided, tilted))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    errors = []
+    for n in (40, 80):
+        ts = log_snr_grid(SDE, n, 0.9, 0.02)
+        m, v = moments(run, SDE, ts, -c * VAR, VAR, score=guided)
+        m1, v1 = marginal(SDE, ts[-1], -c * VAR, VAR)
+        assert abs(float(m[0] - m1)) < 1e-12
+        errors.append(float((v[0] - v1).abs()))
+    assert 0.5 < errors[1] / errors[0] < 0.55  # DDIM is of order 1
 
 
 def test_it_is_differentiated():
@@ -245,8 +269,8 @@ def test_a_background_is_kept():
 
 
 def test_errors():
-    for repeats, jump in ((-1, 1), (1, 0), (1, 8)):
-        with pytest.raises(ValueError, match=f"jump from 1 to the 7 steps of the grid, got {repeats} and {jump}"):
+    for repeats, jump in ((-1, 1), (1, 0), (1, 8), (1.5, 1), (1, 2.0)):
+        with pytest.raises(ValueError, match=f"jump one from 1 to the 7 steps of the grid, got {repeats} and {jump}"):
             hooks.travel(ddim, SCORE, SDE, TS, repeats, jump=jump)
     with pytest.raises(ValueError, match=r"low < high, got \(2.0, 1.0\)"):
         hooks.travel(ddim, SCORE, SDE, TS, 1, interval=(2.0, 1.0))

@@ -206,6 +206,8 @@ def test_errors():
         go(threshold=2.0)
     with pytest.raises(ValueError, match="noise_sd must be positive"):
         twisted(score, sde, A, y, 0.0, ts)
+    with pytest.raises(ValueError, match="noise_sd = inf measures nothing"):
+        twisted(score, sde, A, y, float("inf"), ts)
     with pytest.raises(ValueError, match="ts must end above 0"):
         twisted(score, sde, A, y, SD, tensor([1.0, 0.5, 0.0]))
 

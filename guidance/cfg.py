@@ -16,7 +16,8 @@ def cfg(cond: Score, uncond: Score, w: Weight, *, sde: SDE | None = None, interv
     w:        0 unconditional, 1 conditional (off), > 1 guided; a number, (B,), or a function of
               r = sigma/alpha
     uncond:   the unconditional score, or that of a negative condition: s = s_n + w (s_c - s_n); of a weaker network
-              (autoguidance, Karras 2024); of the same network told to skip or blur layers (PAG, SLG: theirs is w - 1)
+              (autoguidance, Karras 2024); of the same network told to do without a layer (PAG, SLG, see
+              `nets.UNet`: m.given(without="weights"); their scale is w - 1)
     interval: (low, high) in sigma/alpha; outside it s = s_c   (Kynkaanniemi 2024)
     sde:      needed for a weight that depends on sigma and for an interval
 

@@ -1,11 +1,13 @@
 """Networks as scores: exact for a network that says what a Gaussian implies; conditions; one call."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from truth import F64, KINDS, SD, SDES, gaussian_score, network, tensor, times
 
+import guidance
 from scoresde import EDM, VE, VP, DiscreteVP, Model, change_sde, counted, evaluate, linear_betas
 from scoresde.nets import UNet
 
@@ -201,3 +203,44 @@ def test_unet_without_attention_is_local():
             a, b = (net(v, torch.zeros(1))[..., 40:, 40:] for v in (x, far))
         moved[attention] = float((a - b).abs().max())
     assert moved[False] == 0 < moved[True]
+
+
+@torch.no_grad()
+def test_a_unet_does_without_its_attention_when_it_is_told():
+    """Alone, a pixel has weight 1 for itself: what softmax gives where there is one pixel.  Skipped: as if its output
+    were 0.  Perturbed attention then guides by s + scale (s - s_p)."""
+    torch.manual_seed(0)
+    net = UNet(channels=1, width=8, mults=(1, 2)).double()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    label = torch.zeros(2, dtype=F64)
+    one, many = (torch.randn(2, 1, n, n, dtype=F64) for n in (2, 8))
+    ask = {how: [net(x, label, without=how) for x in (one, many)] for how in (None, "weights", "attention")}
+    assert torch.allclose(ask[None][0], ask["weights"][0], rtol=0, atol=1e-12)
+    assert float((ask[None][1] - ask["weights"][1]).abs().max()) > 1e-6
+
+    wide = torch.randn(2, 1, 64, 64, dtype=F64)
+    far = wide.clone()
+    far[..., 0, 0] += 1
+    local = copy.deepcopy(net)
+    for m in local.modules():
+        if isinstance(m, torch.nn.GroupNorm):
+            m.forward = lambda h: h  # what else looks at the whole image
+    reach = {}
+    for how in (None, "weights", "attention"):
+        a, b = (local(x, label, without=how)[..., -1, -1] for x in (wide, far))
+        reach[how] = float((a - b).abs().max())
+    assert reach["weights"] == reach["attention"] == 0 < reach[None]
+
+    silent = copy.deepcopy(net)
+    torch.nn.init.zeros_(silent.middle.out.weight)
+    torch.nn.init.zeros_(silent.middle.out.bias)
+    torch.testing.assert_close(ask["attention"][1], silent(many, label), rtol=0, atol=1e-12)
+
+    model, t = Model(net, VP()), tensor(0.5)
+    perturbed = model.given(without="weights")
+    guided = guidance.cfg(model, perturbed, 1 + 2.0)(many, t)
+    torch.testing.assert_close(guided, model(many, t) + 2.0 * (model(many, t) - perturbed(many, t)))
+    for bad, how in ((net, "all"), (UNet(attention=False).double(), "weights")):
+        with pytest.raises(ValueError, match="without must be 'weights' or 'attention', of a UNet that has attention"):
+            bad(many, label, without=how)

@@ -19,6 +19,9 @@ class UNet(nn.Module):
     so that a large image costs what its pixels do); noise level and class enter
     each block as scale and shift (FiLM).  Layers that close a residual branch start at zero, so the
     untrained network returns zero.  width 16, mults (1, 2): 170 305 parameters with ten classes.
+
+    without: "weights" (each pixel attends to itself alone: perturbed attention, Ahn 2024) or "attention" (the
+    layer is skipped: skip-layer guidance).  `cfg(m, m.given(without="weights"), 1 + s)` guides by what that loses.
     """
 
     takes_log_noise = True  # its label is log(sigma/alpha)/4, of order one
@@ -50,7 +53,8 @@ class UNet(nn.Module):
             self.down.append(Block(c, size, e, dropout))
             c = size
             skips.append(c)
-        self.middle = Attention(c) if attention else nn.Identity()
+        if attention:
+            self.middle = Attention(c)
         for level in reversed(range(len(sizes))):
             for _ in range(2):
                 self.up.append(Block(c + skips.pop(), sizes[level], e, dropout))
@@ -58,7 +62,12 @@ class UNet(nn.Module):
         self.norm = _norm(c)
         self.out = _zero(nn.Conv2d(c, channels, 3, padding=1))
 
-    def forward(self, x: Tensor, label: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, label: Tensor, y: Tensor | None = None, without: str | None = None) -> Tensor:
+        if without is not None and (without not in ("weights", "attention") or not self.config["attention"]):
+            raise ValueError(
+                f"without must be 'weights' or 'attention', of a UNet that has attention, got {without!r} "
+                f"and attention={self.config['attention']}"
+            )
         least = 2 ** (len(self.config["mults"]) - 1)
         if x.ndim != 4 or x.shape[1] != self.config["channels"] or min(x.shape[2:]) < least:
             raise ValueError(
@@ -70,7 +79,8 @@ class UNet(nn.Module):
         for layer in self.down:
             h = layer(h, e) if isinstance(layer, Block) else layer(h)
             skips.append(h)
-        h = self.middle(h)
+        if self.config["attention"] and without != "attention":
+            h = self.middle(h, alone=without == "weights")
         for layer in self.up:
             skip = skips.pop()
             if h.shape[2:] != skip.shape[2:]:
@@ -105,10 +115,10 @@ class Attention(nn.Module):
         self.heads = max(1, c // 32)
         self.norm, self.qkv, self.out = _norm(c), nn.Conv2d(c, 3 * c, 1), _zero(nn.Conv2d(c, c, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, alone: bool = False) -> Tensor:
         q, k, v = rearrange(self.qkv(self.norm(x)), "b (n h c) y x -> n b h (y x) c", n=3, h=self.heads)
-        weights = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1)
-        h = rearrange(weights @ v, "b h (y x) c -> b (h c) y x", y=x.shape[2])
+        h = v if alone else torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+        h = rearrange(h, "b h (y x) c -> b (h c) y x", y=x.shape[2])
         return x + self.out(h)
 
 

@@ -14,8 +14,7 @@ other libraries' grids, too, which flatters it; what it does on the grids it shi
 Claims, on 2d, 64d and 16d at 10, 20 and 50 calls: its error at most half the best peer's; and from 20
 calls on, at most half the calls for the best peer's error.  On the six problems of `auto`: within 5 % of
 the best peer at every budget, and strictly best at two thirds.  Without --peers there is nothing to claim.
-To expect with --ours calibrated: error ratios 0.03 to 0.24, all hold; share of the calls 0.36 to 0.45, but 0.75 on
-64d at 50: eight of nine hold.  With --ours searched: 0.03 to 0.47; 0.40 to 0.75, two of nine; on the six of `auto` at
+To expect with --ours calibrated: error ratios 0.02 to 0.24, share of the calls 0.33 to 0.43: all hold.  With --ours searched: 0.03 to 0.47; 0.40 to 0.75, two of nine; on the six of `auto` at
 worst 1.006, strictly best in 41 of 42.  Nothing fitted (angle on data_scale): 0.09 to 0.95, two of nine fail, at 10
 calls; 1.4 to 4.0 at worst on four of the six; 28 of 42.
 
@@ -120,7 +119,9 @@ def main(argv: list[str] | None = None) -> list[Claim]:
                 distances += law_rows(case, noisy + (flow if asked else []), chosen, libraries, args)
             if not flow:
                 continue
-            half = {n // 2 for n in budgets if n >= 20 and libraries}  # where half the calls are claimed to be enough
+            half = {
+                n // 2 for n in budgets if n >= 20 and libraries and name in TABLE
+            }  # where half the calls are claimed to be enough
             mine = [m for spec in flow for m in ours(spec, chosen)]
             here = measure(case, every(mine, sorted({*budgets, *half})))
             if libraries:

@@ -10,7 +10,9 @@ without a network call.  J_i = 0 is Picard's iteration (Shih 2023, ParaDiGMS); t
 (Lim 2024, DEER).  Here J_i is that of Gaussian data of standard deviation d, -1/(alpha^2 d^2 + sigma^2),
 which makes the linear part exact (the exponential form), corrected by secants: the slopes seen between
 the last rounds' states of the same step, for each sample (Anderson acceleration of type I, Fang & Saad
-2009, in the triangular form of Tang 2024, ParaTAA).  After k rounds the first k states are exact, so the
+2009, in the triangular form of Tang 2024, ParaTAA).  Or it is measured: evaluations are parallel, so in the
+same round each stretch of neighbouring steps, where alpha dx0/dx changes little, has its columns by differences,
+one coordinate at one of its steps, the next at the next.  After k rounds the first k states are exact, so the
 sequential result is the only fixed point; far fewer rounds come close.
 """
 
@@ -30,8 +32,11 @@ Round = Callable[[int, Tensor, Tensor], None]
 path moved, (B,), in the unit of tol."""
 
 STEEPEST = 2.0
-"""Bound on a secant's slope alpha |dx0/dx|: 0 to 1 where the flow contracts, above 1 between two modes.
+"""Bound on a slope alpha |dx0/dx|: 0 to 1 where the flow contracts, above 1 between two modes.
 Secants across far guesses can be a thousand times that, and throw the later states off."""
+
+STEP = 0.1
+"""Length of a difference, in units of sigma."""
 
 
 def parallel(
@@ -43,6 +48,7 @@ def parallel(
     kernel: Kernel = kernels.ddim,
     tol: float = 1e-3,
     memory: int = 3,
+    stretches: int = 0,
     sigma_data: float = 0.5,
     max_rounds: int | None = None,
     window: int | None = None,
@@ -62,9 +68,14 @@ def parallel(
                 (the nine mixtures of `experiments.problems`, 500 steps, 16 samples, tol 1e-3: 9 to 19
                 rounds, with secants 7 to 15; for the SDE 12 to 35 and 9 to 25, where most rounds find
                 the mode: once it stands five bring 0.5 to 1e-3)
+    stretches:  >= 0; in place of secants the whole Jacobian, cut to slopes of 0 to 2, shared by the steps of each
+                of so many stretches of the grid: stretches D more rows for each sample and round, and as many
+                times D numbers kept, so for D to some hundreds.  With 32 for 500 steps these mixtures take 6 to
+                11 rounds, for the SDE 7 to 14; a step and sample are evaluated 4 to 43 times, 112 for D = 256
+                (digits, SDE: 38 in 10 rounds, with secants 12 in 19)
     sigma_data: the data's standard deviation d; a wrong one costs rounds, not accuracy
     window:     steps solved at once, default all.  Windows follow each other: their rounds add up, and
-                memory is that of one: (2 memory + 4) window B states
+                memory is that of one: (2 memory + 4) window B states; stretches are of the whole grid
     chunk:      rows of one network call, default all window B
     noise:      drawn once, in the order of the sequential sampler, so it sees the same draws
     max_rounds: of a window; default its number of steps, after which the result is exact
@@ -73,13 +84,15 @@ def parallel(
 
     Order: the kernel's.  Calls: one a round for a score with `rows` (`scoresde.adaptive`; t arrives as
     (rows,)), and samples that are done leave the batch.  A score without may hold things for its B rows,
-    and is called with these, once for each step of a round.  A sample is the same alone and in any batch.
+    and is called with these, once for each step (and each difference) of a round.  A sample is the same alone
+    and in any batch.
     """
     check(sde, x, ts)
     N = len(ts) - 1
     window = N if window is None else window
     for name, value, least in (
         ("memory", memory, 0),
+        ("stretches", stretches, 0),
         ("window", window, 1),
         ("chunk", 1 if chunk is None else chunk, 1),
     ):
@@ -87,13 +100,14 @@ def parallel(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if not (sigma_data > 0 and tol > 0):
         raise ValueError(f"sigma_data and tol must be positive, got {sigma_data} and {tol}")
+    share = -(-N // stretches) if stretches else 0
     rounds = 0
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         for start in range(0, N, window):
             part = ts[start : start + window + 1]
             limit = len(part) - 1 if max_rounds is None else max_rounds
             x, rounds = _solve(
-                score, sde, x, part, kernel, tol, memory, sigma_data, limit, chunk, noise, on_round, rounds
+                score, sde, x, part, kernel, tol, memory, share, sigma_data, limit, chunk, noise, on_round, rounds
             )
     return x
 
@@ -106,6 +120,7 @@ def _solve(
     kernel: Kernel,
     tol: float,
     memory: int,
+    share: int,
     d: float,
     limit: int,
     chunk: int | None,
@@ -120,15 +135,17 @@ def _solve(
     sigma2, alpha = sde.sigma(times) ** 2, sde.alpha(times)
     slope = -1 / (alpha**2 * d**2 + sigma2)
     size = torch.sqrt((sde.alpha(ts) * d) ** 2 + sde.sigma(ts) ** 2)
-    a, b, g, wide = A.tolist(), Bs.tolist(), slope.tolist(), (-1, 1, 1)
+    a, b, g, v, wide = A.tolist(), Bs.tolist(), slope.tolist(), sigma2.tolist(), (-1, 1, 1)
     s2, g_, size_ = (q.to(x).reshape(wide) for q in (sigma2, slope, size))
+    at, units = _coordinates(N, x[0].numel(), share)
+    h, units = STEP * sigma2[at].sqrt().to(x).reshape(wide), units.to(x)
 
-    def chain(S: Tensor, X: Tensor, secants: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def chain(S: Tensor, X: Tensor, secants: list[tuple[Tensor, Tensor]], J: Tensor | None) -> Tensor:
         """The states of the chain linear about X, where the score is S."""
         y = [X[0]]
         for i in range(N):
             dx = y[i] - X[i]
-            s = S[i] + g[i] * dx
+            s = S[i] + (g[i] * dx if J is None else (J[i // share] * dx[:, None]).sum(2) / v[i])
             for q, w in secants:
                 s = s + w[i] * (q[i] * dx).sum(1, keepdim=True)
             y.append(a[i] * y[i] + b[i] * s + z[i])
@@ -139,12 +156,15 @@ def _solve(
     live = torch.ones_like(index, dtype=torch.bool)
     out, moved = x, torch.full((B,), torch.inf, dtype=x.dtype, device=x.device)
     X = x.flatten(1).expand(N + 1, B, -1)
-    X = chain(g_ * X[:-1], X, [])  # Gaussian data of standard deviation d
+    X = chain(g_ * X[:-1], X, [], None)  # Gaussian data of standard deviation d
     seen: list[tuple[Tensor, Tensor]] = []
     for _ in range(limit):
-        S = _evaluate(score, X[:-1].reshape(N, len(index), *shape), times, index, chunk).flatten(2)
-        secants = _secants([(X[:-1].detach(), S.detach()), *seen], g_, s2, size_[:-1])
-        X1 = chain(S, X, secants)
+        Y = torch.cat([X[:-1], X[at].detach() + h * units]).reshape(-1, len(index), *shape)
+        S, Sh = _evaluate(score, Y, torch.cat([times, times[at]]), index, chunk).flatten(2).tensor_split([N])
+        if share:
+            X1 = chain(S, X, [], _jacobian(s2[at] / h * (Sh - S[at]).detach()))
+        else:
+            X1 = chain(S, X, _secants([(X[:-1].detach(), S.detach()), *seen], g_, s2, size_[:-1]), None)
         change = ((X1 - X).detach() / size_).square().mean(2).sqrt().amax(0)  # (b,)
         bad = ~torch.isfinite(change)
         if bool(bad.any()):
@@ -160,7 +180,7 @@ def _solve(
         live = live & (change > tol)
         if not bool(live.any()):
             return out, rounds
-        seen = [(X[:-1].detach(), S.detach()), *seen][:memory]
+        seen = [] if share else [(X[:-1].detach(), S.detach()), *seen][:memory]
         X = X1
         if leave and not bool(live.all()):
             index, X, z = index[live], X[:, live], z[:, live]
@@ -200,6 +220,27 @@ def _secants(
 
 def _norm(v: Tensor) -> Tensor:
     return v.square().sum(2, keepdim=True).sqrt()
+
+
+def _coordinates(N: int, D: int, share: int) -> tuple[Tensor, Tensor]:
+    """The steps (n,) at which the D coordinates of each stretch are moved, spread over it, and which, (n, 1, D)."""
+    if not share:
+        return torch.zeros(0, dtype=torch.long), torch.zeros(0, 1, D)
+    j, start = torch.arange(D), torch.arange(0, N, share)
+    at = start[:, None] + (2 * j + 1) * min(share, N) // (2 * D)
+    return at.flatten().clamp(max=N - 1), torch.eye(D).repeat(len(start), 1)[:, None]
+
+
+def _jacobian(columns: Tensor) -> Tensor:
+    """sigma^2 ds/dx of each stretch and sample, (stretches, b, D, D), from its columns, (stretches D, b, D).
+
+    alpha dx0/dx = 1 + sigma^2 ds/dx is alpha^2/sigma^2 Cov[x0 | x]: made symmetric, its eigenvalues cut to 0 to
+    `STEEPEST`.  Not finite is 0: where the states are not either, the round says so.
+    """
+    D = columns.shape[2]
+    J = columns.nan_to_num(0, 0, 0).unflatten(0, (-1, D)).permute(0, 2, 3, 1)
+    L, U = torch.linalg.eigh((J + J.mT) / 2)
+    return (U * L.clamp(-1, STEEPEST - 1)[..., None, :]) @ U.mT
 
 
 def _evaluate(score: Score, X: Tensor, times: Tensor, index: Tensor, chunk: int | None) -> Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresde.adaptive import Field, Rows, check_step, in_order, power, rms
+from scoresde.each import Field, Rows, State, power, rms, until_all_arrive
 from scoresde.types import like, wide
 
 ORDERS = 8
@@ -55,24 +55,20 @@ def adams_each(
         return y
     span = u1 - u
     unit = span / 128  # of the differences: no power of a step leaves the range of float32
-    at = torch.full((len(y),), u, dtype=wide(y), device=y.device)
-    h, past = torch.full_like(at, span / 256), at.expand(ORDERS, -1)
-    k, known = (torch.ones_like(at, dtype=torch.long) for _ in range(2))  # the order, and how many points there are
     number = torch.arange(ORDERS, device=y.device)[:, None]
-    index, ended = torch.arange(len(y), device=y.device), []
-    first = rhs(at, y)
-    D = torch.stack([first, *[torch.zeros_like(first)] * (ORDERS - 1)])
-    for _ in range(max_steps):
+
+    def step(rhs: Field, _: Tensor, at: Tensor, h: Tensor, y: Tensor, k: Tensor, past: Tensor, D: Tensor) -> State:
+        """k (B,) the order; past (B, ORDERS) and D (B, ORDERS, ...), newest first; past is infinite where unknown."""
         ending = (u1 - at - h) / span <= 1e-12
         h = torch.where(ending, u1 - at, h)
         at1 = torch.where(ending, u1, at + h)
-        C = _integrals(at, h, past, unit)
-        gaps = torch.where((number < known) & (h != 0), (at1 - past) / unit, torch.inf)  # beyond what is known D' = 0
+        C = _integrals(at, h, past.T, unit)
+        gaps = torch.where(h != 0, (at1 - past.T) / unit, torch.inf)
         y1 = y
-        for c, d in zip(torch.where(number < k, C[:-1], 0.0), D, strict=True):
+        for c, d in zip(torch.where(number < k, C[:-1], 0.0), D.unbind(1), strict=True):
             y1 = y1 + like(c, y) * d
         D1 = [rhs(at1, y1)]
-        for d, gap in zip(D, gaps, strict=True):
+        for d, gap in zip(D.unbind(1), gaps, strict=True):
             D1.append((D1[-1] - d) / like(gap, y))
         new, row = torch.stack(D1), torch.arange(len(y), device=y.device)
         y1 = y1 + like(C[k, row], y) * new[k, row]
@@ -81,29 +77,25 @@ def adams_each(
         e = sizes * (C[1:] - gaps * C[:-1]).abs()
         e = torch.where(torch.isfinite(e), e, torch.inf)
         accept = e[k - 1, row] <= 1
-        step = SAFE * power(e.clamp(min=1e-12), -1 / (number + 2))
+        offer = SAFE * power(e.clamp(min=1e-12), -1 / (number + 2))
         offered = ((number + 1 - k).abs() <= 1) & (accept | (number < k))
-        by, best = torch.where(offered, step, -1.0).max(0)
-        h, k = h * torch.where(accept, by.clamp(0.2, 2.0), by.clamp(0.1, 0.9)), best + 1
+        by, best = torch.where(offered, offer, -1.0).max(0)
         chosen = accept.reshape(-1, *[1] * (y.ndim - 1))
-        y, D, at = torch.where(chosen, y1, y), torch.where(chosen, new[:-1], D), torch.where(accept, at1, at)
-        past = torch.where(accept, torch.cat([at1[None], past[:-1]]), past)
-        known = torch.where(accept, (known + 1).clamp(max=ORDERS), known)
-        running = at != u1
-        if not bool(running.any()):
-            ended.append((index, y))
-            break
-        check_step(h, at, running, index, y, u, u1, rtol, atol)
-        if rows is not None and not bool(running.all()):
-            fewer = rows(index[running])
-            if fewer is not None:
-                rhs = fewer
-                ended.append((index[~running], y[~running]))
-                index, at, y, h, k, known = (v[running] for v in (index, at, y, h, k, known))
-                past, D = past[:, running], D[:, running]
-    else:
-        raise FloatingPointError(f"no end after {max_steps} steps at rtol = {rtol:.1g}, atol = {atol:.1g}; loosen them")
-    return in_order(ended)
+        return (
+            torch.where(accept, at1, at),
+            h * torch.where(accept, by.clamp(0.2, 2.0), by.clamp(0.1, 0.9)),
+            torch.where(chosen, y1, y),
+            best + 1,
+            torch.where(accept[:, None], torch.cat([at1[:, None], past[:, :-1]], 1), past),
+            torch.where(chosen[:, None], new[:-1].movedim(0, 1), D),
+        )
+
+    at = torch.full((len(y),), u, dtype=wide(y), device=y.device)
+    past = torch.cat([at[:, None], at.new_full((len(y), ORDERS - 1), torch.inf)], 1)
+    first = rhs(at, y)
+    D = torch.stack([first, *[torch.zeros_like(first)] * (ORDERS - 1)], 1)
+    state = (at, torch.full_like(at, span / 256), y, torch.ones_like(at, dtype=torch.long), past, D)
+    return until_all_arrive(step, rhs, state, u, u1, rtol=rtol, atol=atol, rows=rows, max_steps=max_steps)
 
 
 def _integrals(at: Tensor, h: Tensor, past: Tensor, unit: float) -> Tensor:

@@ -19,10 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scoresde.each import Field, Rows, State, power, rms, until_all_arrive
 from scoresde.types import Score, like, wide
-
-Field = Callable[[Tensor, Tensor], Tensor]  # (u () or (B,), y (B, ...)) -> dy/du
-Rows = Callable[[Tensor], Field | None]  # the field of these rows, or None if it has no such thing
 
 MARGIN = 0.1
 """Local errors are held to this part of the tolerance, so that the error at the end meets the whole, for most samples:
@@ -184,12 +182,8 @@ def solve_each(
     if u == u1:
         return y, at_nodes + y
     span = u1 - u
-    real = wide(y)
-    at = torch.full((len(y),), u, dtype=real, device=y.device)
-    h, last = torch.full_like(at, span / 32), torch.ones_like(at)
-    index, ended = torch.arange(len(y), device=y.device), []
-    k1 = rhs(at, y)
-    for _ in range(max_steps):
+
+    def step(rhs: Field, index: Tensor, at: Tensor, h: Tensor, y: Tensor, k1: Tensor, last: Tensor) -> State:
         ending = (u1 - at - h) / span <= 1e-12
         h = torch.where(ending, u1 - at, h)
         k, dy = [k1], like(h, y)
@@ -211,24 +205,19 @@ def solve_each(
             passed = accept & ((nodes[:, None] - at) * span > 0) & ((nodes[:, None] - at1) * span <= 0)
             n, b = passed.nonzero(as_tuple=True)
             at_nodes[n, index[b]] = _inside((nodes[n] - at[b]) / h[b], dy[b], y[b], y1[b], k1[b], k[-1][b])
-        at = torch.where(accept, at1, at)
         chosen = accept.reshape(-1, *[1] * (y.ndim - 1))
-        y, k1 = torch.where(chosen, y1, y), torch.where(chosen, k[-1], k1)
-        h, last = h * torch.where(accept, grow, shrink), torch.where(accept, err.clamp(min=1e-4), last)
-        running = at != u1
-        if not bool(running.any()):
-            ended.append((index, y))
-            break
-        check_step(h, at, running, index, y, u, u1, rtol, atol)
-        if rows is not None and not bool(running.all()):
-            fewer = rows(index[running])
-            if fewer is not None:
-                rhs = fewer
-                ended.append((index[~running], y[~running]))
-                index, at, y, k1, h, last = (v[running] for v in (index, at, y, k1, h, last))
-    else:
-        raise FloatingPointError(f"no end after {max_steps} steps at rtol = {rtol:.1g}, atol = {atol:.1g}; loosen them")
-    return in_order(ended), at_nodes
+        return (
+            torch.where(accept, at1, at),
+            h * torch.where(accept, grow, shrink),
+            torch.where(chosen, y1, y),
+            torch.where(chosen, k[-1], k1),
+            torch.where(accept, err.clamp(min=1e-4), last),
+        )
+
+    at = torch.full((len(y),), u, dtype=wide(y), device=y.device)
+    state = (at, torch.full_like(at, span / 32), y, rhs(at, y), torch.ones_like(at))
+    y1 = until_all_arrive(step, rhs, state, u, u1, rtol=rtol, atol=atol, rows=rows, max_steps=max_steps)
+    return y1, at_nodes
 
 
 def _error(pair: Pair, dy: Tensor, k: list[Tensor], allowed: Tensor) -> Tensor:
@@ -238,27 +227,6 @@ def _error(pair: Pair, dy: Tensor, k: list[Tensor], allowed: Tensor) -> Tensor:
         return err
     other = rms((dy * _sum(pair.E3, k) / allowed).detach()).to(err)
     return err * err / (err**2 + 0.01 * other**2).sqrt().clamp(min=torch.finfo(err.dtype).tiny)
-
-
-def in_order(ended: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Rows (index, rows) that ended at different times, in the order of their index."""
-    index, rows = (torch.cat(parts) for parts in zip(*ended, strict=True))
-    return rows[torch.argsort(index)]
-
-
-def check_step(
-    h: Tensor, at: Tensor, running: Tensor, index: Tensor, y: Tensor, u: float, u1: float, rtol: float, atol: float
-) -> None:
-    """Refuse a step h below 1e-12 of the interval, at `at`, in a running row; all (B,); index tells the samples."""
-    tiny = running & (h.abs() < 1e-12 * abs(u1 - u))
-    if bool(tiny.any()):
-        bad = int(tiny.nonzero()[0])
-        raise FloatingPointError(
-            f"sample {int(index[bad])} needs steps below 1e-12 of the interval at {float(at[bad]):.6g}, between "
-            f"{u:.6g} and {u1:.6g}: the score is not finite or not smooth there, or rtol = {rtol:.1g}, "
-            f"atol = {atol:.1g} lie below the rounding of {str(y.dtype).removeprefix('torch.')}; "
-            "loosen them or use float64"
-        )
 
 
 def _inside(part: Tensor, dy: Tensor, y: Tensor, y1: Tensor, k: Tensor, k1: Tensor) -> Tensor:
@@ -302,12 +270,3 @@ def _sum(weights: tuple[float, ...], k: list[Tensor]) -> Tensor:
     for w, v in rest:
         total = total + w * v
     return total
-
-
-def power(e: Tensor, p: float | Tensor) -> Tensor:
-    """e^p, e > 0, with the same bits whatever the batch; torch.pow gives one element in 64 others."""
-    return torch.exp(p * torch.log(e))
-
-
-def rms(e: Tensor) -> Tensor:
-    return e.flatten(1).square().mean(1).sqrt()

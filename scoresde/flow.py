@@ -65,7 +65,7 @@ def flow(
     method: "each" (Adams, own steps and order for each sample; "each:bosh3", "each:dopri5", "each:tsit5",
             "each:dop853": by this Runge-Kutta pair, own steps), or a method of torchdiffeq
     rtol, atol: of z, for the adaptive methods.  On mixtures the worst of 256 samples ends within 1.7 times them with
-            "each", 11 with "each:dopri5", 67 (a norm of the worst sample) to 4000 (its own) with torchdiffeq's dopri5,
+            "each", 11 with "each:dopri5", 275 (a norm of the worst sample) to 4000 (its own) with torchdiffeq's dopri5,
             at 0.7 to 1.1 times the calls of the last; torchdiffeq's fehlberg2 misses them a hundredfold
     steps:  for the fixed ones, uniform in log(sigma/alpha)
     With "each" samples that have arrived leave the batch if the score has `rows` (`scoresde.adaptive`).

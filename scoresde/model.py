@@ -57,10 +57,11 @@ class Model:
     def rows(self, index: Tensor) -> "Model":
         """The same score for rows index of its batch (which may repeat): what solvers need that let samples go."""
 
-        def pick(v: Any) -> Any:
-            return v[index.to(v.device)] if isinstance(v, Tensor) and v.ndim and len(v) > 1 else v
+        def pick(name: str, v: Any) -> Any:
+            own = isinstance(v, Tensor) and v.ndim and (name == "y" or len(v) > 1)
+            return v[index.to(v.device)] if own else v
 
-        return replace(self, cond={name: pick(v) for name, v in self.cond.items()})
+        return replace(self, cond={name: pick(name, v) for name, v in self.cond.items()})
 
     def _checked(self, y: int | Sequence[int] | Tensor) -> Tensor | int:
         if self.classes is None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import fit, likelihood, loop_overhead, quickstart, sample
+from experiments import fit, likelihood, loop_overhead, parallel_rounds, quickstart, sample, tolerances
 from experiments.digits import Judge, load, read_folder, styles, to_levels
 from experiments.rating import VALUE, streams
 from experiments.yardsticks import Features, gaussian_mixture_bits, pixel_bits
@@ -266,7 +266,7 @@ def test_scripts_refuse_what_they_cannot_do(out, capsys, tmp_path):
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", [quickstart, sample, likelihood, loop_overhead, fit])
+@pytest.mark.parametrize("script", [quickstart, sample, likelihood, loop_overhead, fit, tolerances, parallel_rounds])
 def test_help_states_the_claims(script, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main(["--help"])

@@ -180,6 +180,8 @@ def test_rows_of_a_condition():
     index = torch.tensor([2, 0, 0])
     for score in (model.given(torch.tensor([3, 1, 0])), model.given(2), model):
         torch.testing.assert_close(score.rows(index)(x[index], t), score(x, t)[index], rtol=1e-12, atol=1e-12)
+    single = model.given(torch.tensor([3]))  # one label is one row's
+    torch.testing.assert_close(single.rows(index * 0)(x, t), model.given(3)(x, t), rtol=1e-12, atol=1e-12)
     labelled = model.given(torch.tensor([3, 1, 0]))
     assert not torch.allclose(labelled(x, t)[1:2], labelled.rows(torch.tensor([0]))(x[1:2], t))
 

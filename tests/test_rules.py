@@ -6,14 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+from guided import D64, SDE, C, N, Net, T, U, X, close, problem
 from reference import Levels, load
 from scipy.integrate import quad
-from scipy.ndimage import gaussian_filter
 
 from guidance import (
     apg,
     cfg,
-    conjunction,
     energy,
     frequency,
     perp_neg,
@@ -23,38 +22,11 @@ from guidance import (
     tangential,
     zero_star,
 )
-from guidance.frequency import blur
 from samplers import ddim, grids
-from scoresde import VE, VP, Model, Straight, convert, denoised, flow, gaussian, mixture, velocity
+from scoresde import Model, denoised, flow, gaussian
 from scoresde.types import number
 
-D64 = torch.float64
-SDE = VP()
-T = number(0.3)
-KINDS = ("score", "eps", "x0", "v", "velocity")
 SHAPES = [(7,), (2, 6), (3, 4, 5), (1, 3, 4, 2)]
-
-
-def problem(shape, n=5):
-    """Conditional, unconditional and negative scores of mixtures of that shape, and a batch of noisy points."""
-    g = torch.Generator().manual_seed(len(shape))
-    means = torch.randn(6, *shape, generator=g, dtype=D64) * (2 / math.prod(shape)) ** 0.5
-    var = 0.05 + 0.3 * torch.rand(6, *shape, generator=g, dtype=D64)
-    target = mixture(torch.ones(6), means, var=var, labels=torch.arange(6) // 2)
-    x = torch.randn(n, *shape, generator=g, dtype=D64)
-    return target.given(1).score(SDE), target.score(SDE), target.given(0).score(SDE), x
-
-
-C, U, N, X = problem((3, 4, 5))
-
-
-def close(a, b, tol=1e-12):
-    assert a.shape == b.shape
-    assert (a - b).abs().max() < tol * max(1.0, float(b.abs().max()))
-
-
-def dots(a, b):
-    return (a * b).flatten(1).sum(1)
 
 
 def halfway(w):
@@ -74,24 +46,6 @@ OFF_AT_ONE = {
 }
 ALL = OFF_AT_ONE | {"perp_neg": lambda c, u, w, n=N, **k: perp_neg(c, u, w, [n], [0.7], **k)}
 every_rule = pytest.mark.parametrize("rule", ALL.values(), ids=ALL)
-
-
-class Net(torch.nn.Module):
-    """An eps network of arbitrary values with a class and a switch, that counts its calls and rows."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.rows = 0, 0
-
-    def forward(self, x, label, y, skip=False):
-        self.calls += 1
-        self.rows += len(x)
-        y = y.reshape(-1, *[1] * (x.ndim - 1))
-        return torch.sin(x + (1 + y) * x.flip(-1)) + (0 if skip else 0.3) * torch.cos(y * x)
-
-    def asked(self, score, x=X, t=T):
-        self.calls = self.rows = 0
-        return score(x, t), (self.calls, self.rows)
 
 
 @pytest.mark.parametrize("rule", OFF_AT_ONE.values(), ids=OFF_AT_ONE)
@@ -170,127 +124,6 @@ def test_rules_are_differentiated(rule):
     close(torch.func.vmap(lambda a: torch.func.jvp(lambda x: score(x, T), (X,), (a,))[1])(v), numeric, 1e-6)
 
 
-# --- rescale ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_rescale_keeps_the_standard_deviation(kind):
-    std = lambda s: convert(s(X, T), X, T, SDE, "score", kind).flatten(1).std(1)  # noqa: E731
-    plain = cfg(C, U, 7.5)
-    full = rescale(C, U, 7.5, sde=SDE, strength=1.0, kind=kind)
-    assert (std(plain) / std(C) - 1).abs().max() > 0.1
-    close(std(full), std(C))
-    close(rescale(C, U, 7.5, sde=SDE, strength=0.0, kind=kind)(X, T), plain(X, T))
-    close(rescale(C, U, 7.5, sde=SDE, strength=0.3, kind=kind)(X, T), 0.7 * plain(X, T) + 0.3 * full(X, T), 1e-11)
-    k = (std(C) / std(plain)).reshape(5, 1, 1, 1)
-    prediction = k * convert(plain(X, T), X, T, SDE, "score", kind)
-    close(full(X, T), convert(prediction, X, T, SDE, kind, "score"), 1e-11)
-
-
-def test_rescale_of_any_rule_is_one_batch():
-    net = Net()
-    m = Model(net, SDE, "eps", classes=3)
-    inner = partial(apg, eta=0.5)
-    value, count = net.asked(rescale(m.given(1), m, 4.0, sde=SDE, strength=1.0, rule=inner))
-    assert count == (1, 10)
-    x0, x0_c = (denoised(s, X, T, SDE) for s in (inner(m.given(1), m, 4.0, sde=SDE)(X, T), m.given(1)(X, T)))
-    k = (x0_c.flatten(1).std(1) / x0.flatten(1).std(1)).reshape(5, 1, 1, 1)
-    close(denoised(value, X, T, SDE), k * x0)
-
-
-# --- projections -----------------------------------------------------------------------------------------------------
-
-
-def test_apg_without_projection_is_cfg_and_its_parts_add_up():
-    x0_c, x0_u = (denoised(s(X, T), X, T, SDE) for s in (C, U))
-    x0 = lambda **k: denoised(apg(C, U, 4.0, sde=SDE, **k)(X, T), X, T, SDE)  # noqa: E731
-    close(apg(C, U, 4.0, sde=SDE, eta=1.0)(X, T), cfg(C, U, 4.0)(X, T))
-    across, along = x0() - x0_c, x0(eta=1.0) - x0()
-    close(across + along, 3 * (x0_c - x0_u))
-    close(dots(across, x0_c), torch.zeros(5, dtype=D64))
-    close(dots(along, x0_c) ** 2, dots(along, along) * dots(x0_c, x0_c))
-    close(x0(eta=0.3) - x0_c, across + 0.3 * along)
-
-
-def test_apg_threshold_is_a_length_of_x0():
-    x0_c, x0_u = (denoised(s(X, T), X, T, SDE) for s in (C, U))
-    size = dots(x0_c - x0_u, x0_c - x0_u).sqrt()
-    cut = float(size.sort().values[2]) * 1.01  # two samples are longer
-    step = (denoised(apg(C, U, 4.0, sde=SDE, eta=1.0, threshold=cut)(X, T), X, T, SDE) - x0_c) / 3
-    close(dots(step, step).sqrt(), size.clamp(max=cut))
-    close(dots(step, x0_c - x0_u), size.clamp(max=cut) * size)  # the same direction
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_zero_star_is_the_least_squares_fit(kind):
-    p_c, p_u = (convert(s(X, T), X, T, SDE, "score", kind).flatten(1) for s in (C, U))
-    z = torch.linalg.lstsq(p_u[..., None], p_c[..., None]).solution[:, :, 0]
-    p = convert(zero_star(C, U, 3.0, sde=SDE, kind=kind)(X, T), X, T, SDE, "score", kind).flatten(1)
-    close(p, z * p_u + 3 * (p_c - z * p_u), 1e-11)
-
-
-def test_zero_star_ignores_what_is_parallel():
-    double = lambda x, t: -2.5 * C(x, t)  # noqa: E731
-    close(zero_star(C, double, 6.0, sde=SDE, kind="score")(X, T), C(X, T))
-    close(zero_star(C, C, 6.0, sde=SDE)(X, T), C(X, T))
-    close(zero_star(C, U, 0.0, sde=SDE, kind="eps")(X, T), C(X, T) - across(C(X, T), U(X, T)))
-
-
-def across(d, y):
-    """What of d is orthogonal to y, by Gram and Schmidt in QR."""
-    q = torch.linalg.qr(y.flatten(1)[..., None]).Q
-    return (d.flatten(1) - (q @ (q.mT @ d.flatten(1)[..., None]))[..., 0]).reshape(d.shape)
-
-
-@pytest.mark.parametrize("sde", [SDE, Straight(), VE()])
-def test_zeroed_steps_stand_still(sde):
-    net = Net()
-    m = Model(net, sde, "eps", classes=3)
-    score = zero_star(m.given(1), m, 3.0, sde=sde, zeroed=(2.0, math.inf))
-    noisy, clean = number(0.95), number(0.2)
-    value, count = net.asked(lambda x, t: velocity(score, sde)(x, t), t=noisy)
-    assert count == (0, 0)
-    assert value.abs().max() < 1e-12
-    close(flow(score, sde, X, 0.95, 0.9), X, 1e-5)
-    value, count = net.asked(score, t=clean)
-    assert count == (1, 10)
-    close(value, zero_star(m.given(1), m, 3.0, sde=sde)(X, clean))
-    ts = torch.tensor([0.2, 0.95, 0.2, 0.95, 0.95], dtype=D64)
-    both = velocity(score, sde)(X, ts)
-    for i in range(5):
-        close(both[i : i + 1], velocity(score, sde)(X[i : i + 1], ts[i]))
-
-
-def test_tangential_is_the_singular_value_decomposition():
-    rows = torch.stack([C(X, T), U(X, T)], 1).flatten(2)
-    v = torch.linalg.svd(rows, full_matrices=False).Vh[:, :1]
-    s_v = ((rows[:, 1:] @ v.mT) @ v).reshape(X.shape)
-    close(tangential(C, U, 3.0)(X, T), s_v + 3 * (C(X, T) - s_v))
-    close(tangential(C, U, 0.0)(X, T), s_v)
-
-
-def test_tangential_of_parallel_and_orthogonal_scores():
-    c = C(X, T)
-    side = across(U(X, T), c)
-    side = side * (dots(c, c) / dots(side, side)).sqrt().reshape(5, 1, 1, 1)
-    fixed = lambda v: lambda x, t: v  # noqa: E731
-    close(tangential(C, fixed(-0.7 * c), 3.0)(X, T), cfg(C, fixed(-0.7 * c), 3.0)(X, T))
-    close(tangential(C, fixed(0.9 * side), 3.0)(X, T), 3 * c)
-    close(tangential(C, fixed(1.1 * side), 3.0)(X, T), 3 * c - 2.2 * side)
-
-
-def test_perp_neg():
-    u, d = U(X, T), C(X, T) - U(X, T)
-    close(perp_neg(C, U, 3.0, [N], [0.7])(X, T), u + 3 * (d - 0.7 * across(N(X, T) - u, d)), 1e-11)
-    along, side = (lambda x, t: u - 0.4 * d), (lambda x, t: u + across(N(X, T) - u, d))
-    close(perp_neg(C, U, 3.0, [along], [0.7])(X, T), cfg(C, U, 3.0)(X, T))
-    close(perp_neg(C, U, 3.0, [side], [0.7])(X, T), conjunction(U, [C, side], [3.0, -2.1])(X, T), 1e-11)
-    close(perp_neg(C, U, 3.0, [N, along, N], [0.3, 5.0, 0.4])(X, T), perp_neg(C, U, 3.0, [N], [0.7])(X, T))
-    close(perp_neg(C, U, 3.0, [N], [0.0])(X, T), cfg(C, U, 3.0)(X, T))
-    assert perp_neg(C, U, 0.0, [N], [0.7]) is U
-    assert perp_neg(C, U, 1.0, [N], [0.0]) is C
-
-
 def test_rules_turn_with_the_data():
     """Rules of inner products commute with any orthogonal map, rescale with those that keep the mean."""
     D = X[0].numel()
@@ -306,57 +139,6 @@ def test_rules_turn_with_the_data():
         c, u, n = (lambda x, t, s=s, M=M: turn(s(turn(x, M.T), t), M) for s in (C, U, N))
         extra = {"n": n} if name == "perp_neg" else {}
         close(rule(c, u, 3.0, sde=SDE, **extra)(turn(X, M), T), turn(rule(C, U, 3.0, sde=SDE)(X, T), M), 1e-11)
-
-
-# --- frequency -------------------------------------------------------------------------------------------------------
-
-
-def test_frequency_is_cfg_in_each_band_and_the_bands_add_up():
-    u, d = U(X, T), C(X, T) - U(X, T)
-    low, high = frequency(C, U, 1.0, 0.0)(X, T) - u, frequency(C, U, 0.0, 1.0)(X, T) - u
-    close(low + high, d)
-    assert (low - d).abs().max() > 0.1
-    assert (high - d).abs().max() > 0.1
-    close(frequency(C, U, 3.0, 3.0)(X, T), cfg(C, U, 3.0)(X, T))
-    close(frequency(C, U, 3.0, 8.0)(X, T), u + 3 * low + 8 * high, 1e-11)
-    close(frequency(C, U, 0.0, 0.0)(X, T), u)
-    assert frequency(C, U, 0.0, 0.0) is U
-    close(low, blur(d, 1.0))
-
-
-def test_frequency_nests_in_any_order():
-    a = frequency(frequency(C, U, 2.0, 5.0), U, 3.0, 0.5)(X, T)
-    close(a, frequency(frequency(C, U, 3.0, 0.5), U, 2.0, 5.0)(X, T), 1e-11)
-    b = cfg(frequency(C, U, 2.0, 5.0), U, 3.0)(X, T)
-    close(b, frequency(cfg(C, U, 3.0), U, 2.0, 5.0)(X, T), 1e-11)
-    close(b, frequency(C, U, 6.0, 15.0)(X, T), 1e-11)
-
-
-def test_blur_is_a_mirrored_gaussian():
-    for shape in ((2, 3, 12), (2, 3, 9, 14), (2, 1, 8, 7, 9)):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=D64)
-        sigma = (0, 0, *[2.0] * (len(shape) - 2))
-        close(blur(x, 2.0), torch.from_numpy(gaussian_filter(x.numpy(), sigma, mode="reflect", truncate=12)), 1e-7)
-    x = X[0].flatten(1)  # (3, 20): signals
-    close(blur(x, 2.0), blur(x[:, None], 2.0)[:, 0])
-
-
-def test_frequency_after_inference_can_be_differentiated():
-    with torch.inference_mode():
-        blur(X, 1.37)
-    x = X.clone().requires_grad_()
-    close(torch.autograd.grad(blur(x, 1.37).square().sum() / 2, x)[0], blur(blur(X, 1.37), 1.37))
-
-
-def test_blur_keeps_the_mean_and_has_its_ends():
-    mean = X.mean((2, 3), keepdim=True).expand(X.shape)
-    close(blur(X, 1.3).mean((2, 3)), X.mean((2, 3)))
-    close(blur(X, 1e3), mean)
-    close(blur(X, 1e-9), X)
-    close(blur(blur(X, 0.9), 1.2), blur(X, 1.5))  # variances add
-    close(blur(X.flip(3), 1.0), blur(X, 1.0).flip(3))
-    mix = torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=D64)
-    close(blur(torch.einsum("ij,bjhw->bihw", mix, X), 1.0), torch.einsum("ij,bjhw->bihw", mix, blur(X, 1.0)))
 
 
 # --- Gaussians: what a rule samples ----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 import guidance
 import samplers
 from scoresde import SDE, Mixture, Score, Streams, counted
+from scoresde.types import Hook
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,15 @@ class Case:
 
     def scores(self) -> tuple[Score, Score]:
         return self.target.given(self.label).score(self.sde), self.target.score(self.sde)
+
+    @property
+    def pair(self) -> list[Score]:
+        """Scores of the asked class and of the other one."""
+        return [self.target.given(k).score(self.sde) for k in (self.label, self.other)]
+
+    def energy(self, x0: Tensor) -> Tensor:
+        """-log p(label | x0), of a clean image."""
+        return -self.target.class_log_prob(x0)[:, self.label]
 
     @property
     def weak(self) -> Mixture:
@@ -50,7 +60,7 @@ class Case:
 
 
 Method = Callable[[Case, float, int, int], tuple[Tensor, float]]
-Rule = Callable[[Case, float, Tensor], Score]  # (case, w, grid of the run) -> guided score
+Rule = Callable[[Case, float, Tensor], Score | tuple[Score, Hook]]  # (case, w, grid of the run) -> guided score
 
 
 def flow(rule: Rule, steps: int = 60, sampler: Callable[..., Tensor] = samplers.heun) -> Method:
@@ -58,14 +68,16 @@ def flow(rule: Rule, steps: int = 60, sampler: Callable[..., Tensor] = samplers.
 
     def run(case: Case, w: float, n: int, seed: int) -> tuple[Tensor, float]:
         ts = case.grid(steps)
-        s = counted(rule(case, w, ts))
-        x = sampler(s, case.sde, case.start(n, seed), ts)
+        made = rule(case, w, ts)
+        guided, hook = made if isinstance(made, tuple) else (made, ())
+        s = counted(guided)
+        x = sampler(s, case.sde, case.start(n, seed), ts, on_step=hook)
         return x, s.samples / n
 
     return run
 
 
-def noisy(rule: Rule, steps: int, moves: int = 0) -> Method:
+def noisy(rule: Callable[[Case, float, Tensor], Score], steps: int, moves: int = 0) -> Method:
     """A rule's score by the reverse SDE, with `moves` Metropolis-adjusted Langevin moves after each step."""
 
     def run(case: Case, w: float, n: int, seed: int) -> tuple[Tensor, float]:
@@ -117,8 +129,7 @@ def superposed(kind: str, steps: int = 300) -> Method:
 
     def run(case: Case, w: float, n: int, seed: int) -> tuple[Tensor, float]:
         ts, noise = case.grid(steps, high=30 * case.d), Streams(seed + 1, n)
-        pair = [case.target.given(k).score(case.sde) for k in (case.label, case.other)]
-        s, hook = guidance.superpose(pair, case.sde, ts, kind)
+        s, hook = guidance.superpose(case.pair, case.sde, ts, kind)
         s = counted(s)
         x = float(case.sde.sigma(ts[0])) * Streams(seed, n)(case.start(n, seed))
         return samplers.ancestral(s, case.sde, x, ts, noise=noise, on_step=hook), s.samples / n
@@ -139,10 +150,21 @@ def _auto(case: Case, w: float, ts: Tensor) -> Score:
 
 
 def _clean(case: Case, w: float, ts: Tensor) -> Score:
-    def E(x0: Tensor) -> Tensor:
-        return -case.target.class_log_prob(x0)[:, case.label]
+    return guidance.energy(case.scores()[1], case.sde, case.energy, w)
 
-    return guidance.energy(case.scores()[1], case.sde, E, w)
+
+def _universal(case: Case, w: float, ts: Tensor) -> Score:
+    return guidance.universal(case.scores()[1], case.sde, case.energy, w, steps=1, rate=0.1 * case.d**2)
+
+
+def _mpgd(case: Case, w: float, ts: Tensor) -> Score:
+    """The rate is w times the variance of x0 | x_t for N(0, d^2 I) data: to first order in E, Bayes' rule for them."""
+    rate = lambda r: w / (1 / r**2 + 1 / case.d**2)  # noqa: E731
+    return guidance.mpgd(case.scores()[1], case.sde, case.energy, rate)
+
+
+def _momentum(case: Case, w: float, ts: Tensor) -> tuple[Score, Hook]:
+    return guidance.apg_momentum(*case.scores(), w, sde=case.sde, beta=-0.5)
 
 
 def _noise_aware(case: Case, w: float, ts: Tensor) -> Score:
@@ -152,14 +174,20 @@ def _noise_aware(case: Case, w: float, ts: Tensor) -> Score:
     return guidance.classifier(case.scores()[1], log_prob, w)
 
 
+def _product(case: Case, w: float, ts: Tensor) -> Score:
+    return guidance.product(case.pair, [w / 2, w / 2])
+
+
+def _and(case: Case, w: float, ts: Tensor) -> Score:
+    return guidance.conjunction(case.scores()[1], case.pair, [w, w])
+
+
 def _not(case: Case, w: float, ts: Tensor) -> Score:
-    other = case.target.given(case.other).score(case.sde)
-    return guidance.conjunction(case.scores()[1], [case.scores()[0], other], [1.0, -w / 8])
+    return guidance.conjunction(case.scores()[1], case.pair, [1.0, -w / 8])
 
 
 def _perp(case: Case, w: float, ts: Tensor) -> Score:
-    other = case.target.given(case.other).score(case.sde)
-    return guidance.perp_neg(*case.scores(), w, [other], [1 / 8], sde=case.sde)
+    return guidance.perp_neg(*case.scores(), w, case.pair[1:], [1 / 8], sde=case.sde)
 
 
 def _plus(case: Case, w: float, ts: Tensor) -> Score:
@@ -171,12 +199,17 @@ METHODS: dict[str, Method] = {
     "cfg, interval": flow(lambda case, w, ts: _cfg(case, w, ts, interval=(0.2 * case.d, 2 * case.d))),
     "rescale": flow(_of_two(guidance.rescale)),
     "apg": flow(_of_two(guidance.apg)),
+    "apg, momentum": flow(_momentum),
     "cfg-zero*": flow(_of_two(guidance.zero_star)),
     "tangential": flow(_of_two(guidance.tangential)),
     "cfg++ (w/8)": flow(_plus, sampler=samplers.ddim),
     "autoguidance": flow(_auto),
     "noise-aware classifier": flow(_noise_aware),
     "clean classifier": flow(_clean),
+    "universal": flow(_universal),
+    "mpgd": flow(_mpgd),
+    "product": flow(_product),
+    "conjunction (AND)": flow(_and),
     "negative (NOT)": flow(_not),
     "perp-neg": flow(_perp),
     "cfg, SDE": noisy(_cfg, 160),
@@ -205,6 +238,10 @@ def log_target(case: Case, name: str, w: float, x: Tensor) -> Tensor:
         return log(cond) - w / 8 * (log(other) - log(whole))
     if name == "perp-neg":
         return (1 - w) * log(whole) + w * log(cond) - w / 8 * (log(other) - log(whole))
+    if name == "product":
+        return w / 2 * (log(cond) + log(other))
+    if name == "conjunction (AND)":
+        return log(whole) + w * (log(cond) + log(other) - 2 * log(whole))
     if name == "superpose OR":
         return torch.logaddexp(log(cond), log(other))
     if name == "superpose AND":
@@ -214,4 +251,7 @@ def log_target(case: Case, name: str, w: float, x: Tensor) -> Tensor:
 
 def at_one(name: str) -> bool:
     """Whether w = 1 is off, so that the rule is exact there."""
-    return name not in ("clean classifier", "negative (NOT)", "perp-neg", "cfg++ (w/8)")
+    return name not in (
+        "clean classifier", "universal", "mpgd", "product", "conjunction (AND)", "negative (NOT)", "perp-neg",
+        "cfg++ (w/8)",
+    )  # fmt: skip

@@ -6,6 +6,7 @@ log-density it was drawn from (`scoresde.sample_log_prob`).  Against a target pi
     KL(q || pi) = E_q[log q - log f] + log Z,     Z = E_q[f/q],     w = f/q
 
 and averages under pi are averages of the samples weighted by w.  This holds for any score: guided, composed, trained.
+For the paths of an SDE, which have no log q, `samplers.girsanov` gives the weight of one score's chain in another's.
 """
 
 import math
@@ -73,7 +74,9 @@ def certify(
     normalised: log_target is a log-density: log Z = 0 is used instead of its estimate, whose bias is about
                 -Var(w) / (2 n mean(w)^2)
     how:        of `scoresde.change`: method, tol, probes, ...  With probes log q is noisy: unbiased in kl for a
-                normalised target, while w, Z and ess see the noise too (repeat with other probes to tell)
+                normalised target, while w, Z and ess see the noise too: of deviation e in log w it lowers ess by
+                exp(-e^2) and raises log Z by e^2/2, with weights that are right.  Tell e by other probes (64-D, 400
+                samples worth 383: e = 1.2, 0.11, 0.009 and ess 87, 380, 382 with 1, 4, 8 probes)
     Guided flows are narrower than what they are named after, and then the weights' tail is heavy: `tail` is fitted to
     the largest 3 sqrt(n) of them (Vehtari 2024).  Above 1/2 their variance is infinite: log_z, ess and averages,
     and kl unless the target is normalised, hang on a few samples, and more samples change them by jumps; kl of a

@@ -34,6 +34,7 @@ def superpose(
     At ts[0] the p_i are taken as equal, which they are where the noise drowns the data.
     Bias: the tracked log p_i err by O(step): each step leaves (z' H z - tr H) h / 2 of the Hessians H behind.  "and" is
     not the product of the p_i (`product` names that).  A deterministic sampler has no dy dy', and would be wrong.
+    A sampler that asks more than once a step is refused.
     Network calls: one for all `Model`s of the same network, else one for each score.
     """
     if kind not in ("or", "and"):
@@ -57,6 +58,11 @@ def superpose(
         s = (values.to(wide(x)) * like(alpha, values)).flatten(2)
         if log_p is None:
             log_p = s.new_zeros(len(x), len(scores))
+        if seen is not None and abs(seen[0] - level) > 1e-9 * seen[0]:
+            raise ValueError(
+                f"the score was asked at sigma/alpha = {seen[0]:.4g} and {level:.4g} in one step, and only the last "
+                "would count; take a sampler that asks once a step, at its start (ancestral)"
+            )
         seen = level, (x / like(alpha, x)).to(s).flatten(1), s
         rest = level**2 - (end**2 if level > end * (1 + 1e-9) else 0)  # a call at the end itself is of no step
         k = torch.softmax(log_p + log_v.to(s), 1) if kind == "or" else _even(s, log_p, rest)

@@ -26,6 +26,7 @@ def girsanov(
     the exact ratio of the two chains' densities of the path; for small steps Girsanov's
     sum_i [ -g (s - s') z sqrt(dt) - g^2 |s - s'|^2 dt / 2 ].  Averages over Q of exp(log dP/dQ) h(x) are
     averages of h over the chain of `target`, whatever the steps.  A step without noise needs s = s' there.
+    Of a guided chain, `score` = cfg(cond, uncond, w), `target` = cond weighs it back to the conditional one.
 
     kernel: (a, b, c) of `samplers.kernels`;  x: state at ts[0], (B, ...)
     Network calls: one batch of both a step for models of one network, else two.

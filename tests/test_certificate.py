@@ -89,6 +89,71 @@ def test_divergence_in_closed_form(w, D, n):
         assert got.ess / n == pytest.approx(float(second) ** -D, rel=0.05)
 
 
+class Rotated:
+    """N(0, Q diag(lu) Q') and a class N(0, Q diag(lc) Q') in it, in 64 dimensions, lu/lc in 1..1 + narrower.
+
+    cfg's flow scales axis i by k_i, so its law is N(0, k^2) there, and log q and log w are known of every sample.
+    """
+
+    def __init__(self, w, narrower, n):
+        D, gen = 64, torch.Generator().manual_seed(0)
+        self.Q = torch.linalg.qr(torch.randn(D, D, generator=gen, dtype=F64)).Q
+        lu = torch.logspace(-1.5, 0.5, D, dtype=F64)
+        lc = lu / (1 + narrower * torch.rand(D, generator=gen, dtype=F64))
+        u, c = (gaussian(torch.zeros(D, dtype=F64), cov=self.Q @ torch.diag(v) @ self.Q.T) for v in (lu, lc))
+        self.score = guidance.cfg(c.score(SDE), u.score(SDE), w)
+        (u0, u1), (c0, c1) = ([marginal(SDE, t, 0.0, v)[1] for t in (T0, 1.0)] for v in (lu, lc))
+        self.k2, self.v = (c0 / c1) ** w * (u0 / u1) ** (1 - w), 1 / (w / c0 + (1 - w) / u0)
+        self.kl = float(0.5 * (self.k2 / self.v - 1 - torch.log(self.k2 / self.v)).sum())
+        x = torch.randn(n, D, generator=gen, dtype=F64)
+        x = x - x.mean(0)
+        self.x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / n)).T  # moments of N(0, 1), to rounding
+
+    def log_f(self, x):
+        return torch.distributions.Normal(0.0, self.v.sqrt()).log_prob(x @ self.Q).sum(1)
+
+    def log_w(self):
+        x = self.x @ self.Q
+        start = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(1)
+        return self.log_f((x * self.k2.sqrt()) @ self.Q.T) - start + 0.5 * self.k2.log().sum()
+
+    def certificate(self, probes=None):
+        how = {} if probes is None else {"probes": probes, "noise": Streams(7, len(self.x))}
+        return certify(
+            self.score, SDE, self.x, self.log_f, t=T0, normalised=True, method="multistep", steps=64, **how
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("narrower", "kl"), [(0.35, 0.0204), (1.5, 0.99)])
+def test_divergence_of_a_rotated_gaussian(narrower, kl):
+    """KL to 0.01 nats outright in 64 dimensions, by the exact trace and by 8 probes: log w is quadratic in the start,
+    whose second moments are those of the prior, so the mean over these samples is the expectation."""
+    case = Rotated(2.0, narrower, 160)
+    assert case.kl == pytest.approx(kl, rel=0.05)
+    exact = case.certificate()
+    assert abs(exact.kl - case.kl) < 0.003
+    assert (exact.log_w - case.log_w()).abs().max() < 0.005
+    noisy = case.certificate(8)
+    assert abs(noisy.kl - case.kl) < 0.01
+    assert (noisy.log_w - exact.log_w).square().mean().sqrt() < 0.05
+
+
+def test_noise_of_probes():
+    """Of deviation e in log w: no bias of KL, but ess falls by exp(-e^2) and the mean weight rises by exp(e^2/2)."""
+    case = Rotated(2.0, 0.35, 800)
+    known = case.log_w()
+    e = {}
+    for probes in (1, 2):
+        got = case.certificate(probes)
+        noise = got.log_w - known
+        e[probes] = float(noise.std())
+        assert abs(float(noise.mean())) < 4 * e[probes] / 800**0.5
+        assert abs(got.kl - case.kl) < 4 * e[probes] / 800**0.5
+        want = math.exp(-(e[probes] ** 2)) * float(known.exp().sum() ** 2 / (2 * known).exp().sum())
+        assert got.ess == pytest.approx(want, rel=0.3)
+    assert e[1] > 2 * e[2]
+
+
 def test_off_is_exact():
     """w = 1 samples the class, up to the prior: nothing to certify but 1e-3 nats."""
     got = certificate(1.0, 2, 500, 2, tol=1e-5)
@@ -167,6 +232,22 @@ def test_weights_of_paths(kernel):
         assert abs(float(got.mean()) - want) < 4 * float(got.std()) / n**0.5
         plain = x1[:, 0] ** 2
         assert abs(float(plain.mean()) - want) > 4 * float(plain.std()) / n**0.5
+
+
+def test_weights_of_guided_paths():
+    """Paths of cfg, w = 1.5, weighted, are those of the conditional chain: its mean, which cfg's own is not."""
+    n, w, ts = 40_000, 1.5, log_snr_grid(SDE, 8, 0.6, 0.05)
+    cond, uncond = gaussian_score(SDE, tensor([0.6, -0.4]), 0.5), gaussian_score(SDE, 0.0, 0.8)
+    x = Streams(4, n)(torch.empty(n, 2, dtype=F64))
+    x1, log_w = girsanov(
+        guidance.cfg(cond, uncond, w), cond, SDE, x, ts, noise=Draws(lambda i, x: Streams(20 + i, 1)(x[None])[0])
+    )
+    weight = log_w.exp()
+    assert abs(float(weight.mean()) - 1) < 4 * float(weight.std()) / n**0.5
+    want = ancestral(cond, SDE, torch.zeros(1, 2, dtype=F64), ts, noise=torch.zeros_like)[0]
+    got = weight[:, None] * x1
+    assert ((got.mean(0) - want).abs() < 4 * got.std(0) / n**0.5).all()
+    assert ((x1.mean(0) - want).abs() > 4 * x1.std(0) / n**0.5).all()
 
 
 def chain(sampler, ts, mean, var):

@@ -9,8 +9,8 @@ after: the median of 25 rounds, ours and peers taken in turn.  Bare: y.mul_(a).a
 
 Claims: one-step samplers at most 1.3 times their bare loop; multistep of order 3 at most 2.0 times;
 with --peers (the extra `bench`) both below every sampler of diffusers, k-diffusion and azula of their kind.
-To expect where nothing else runs: one-step samplers 1.24 to 1.32 in seven runs (ddim and flow_euler miss their claim
-by 0.01 in every other), deis of order 3 3.0 to 3.1 and multistep 4.1 to 4.3, whose claims do NOT hold (why:
+To expect where nothing else runs: one-step samplers 1.23 to 1.31 in five runs (ddim and flow_euler missed their claim
+by 0.01 in one of them), deis of order 3 3.0 to 3.1 and multistep 4.1 to 4.3, whose claims do NOT hold (why:
 docs/decisions.md).  Eight busy processes beside it make that 1.28 to 1.45, 3.3 and 4.7: the caches are shared.
 """
 

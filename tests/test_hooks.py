@@ -63,6 +63,20 @@ def test_project():
     assert torch.equal(go(hooks.project(lambda x: x)), go())
 
 
+@pytest.mark.parametrize("D", [2, 64])  # two kernels an update, and one
+def test_a_state_put_in_place_is_gone_on_from(D):
+    """A hook's tensor and a state changed where it lies, step by step: the map of each step is that of a step alone."""
+    x = torch.linspace(-2, 2, 3 * D, dtype=F64).reshape(3, D)
+
+    def changed(i, t, x):
+        return x / 2 if i % 3 == 0 else x.mul_(0.7) if i % 3 == 1 else None
+
+    want = x
+    for i in range(6):
+        want = ddim(POINT, SDE, want, TS[i : i + 2]) * (0.5, 0.7, 1.0)[i % 3]
+    torch.testing.assert_close(go(changed, x=x), want, rtol=0, atol=1e-12)
+
+
 def test_inpaint():
     """Known entries follow alpha known + sigma z, and end at the data; the others are untouched by the hook."""
     known, mask, z = tensor([[9.0, 9.0], [4.0, 4.0]]), torch.tensor([[1, 0], [0, 1]]), torch.full((2, 2), 0.7)

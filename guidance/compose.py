@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from guidance.rows import by_rows
-from guidance.weights import Weight, check_weight, weight_at
+from guidance.weights import Weight, check_weight, is_number, weight_at
 from scoresde.model import evaluate
 from scoresde.types import SDE, Score
 
@@ -42,13 +42,15 @@ def conjunction(uncond: Score, conds: Sequence[Score], weights: Sequence[Weight]
 
     w_i > 0: AND condition i (1 is p(x | c_i)); w_i < 0: NOT; 0 is off
     With independent conditions, w_i = 1 is the score of p(x | c_1, ..., c_n) at sigma -> 0.
-    Bias and network calls as `product`, with s_u as one more score.
+    Bias and network calls as `product`, with s_u as one more score; one condition of weight 1 is that score alone.
     """
     if len(conds) != len(weights):
         raise ValueError(f"give one weight a condition, got {len(conds)} conditions and {len(weights)} weights")
     for w in weights:
         check_weight(w, sde, None)
     on = [(s, w) for s, w in zip(conds, weights, strict=True) if isinstance(w, Tensor) or callable(w) or w != 0]
+    if len(on) == 1 and is_number(on[0][1], 1):
+        return on[0][0]
 
     def composed(x: Tensor, t: Tensor) -> Tensor:
         s_u, *values = evaluate([uncond, *(s for s, _ in on)], x, t)

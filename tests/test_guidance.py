@@ -118,6 +118,7 @@ def test_network_calls_are_counted():
         (guidance.product([m.given(0), m.given(1), m], [1.0, 2.0, -0.5]), 1, 15),
         (guidance.product([m.given(0), m.given(1)], [1.0, 0.0]), 1, 5),
         (guidance.conjunction(m, [m.given(0), m.given(1)], [1.0, -1.0]), 1, 15),
+        (guidance.conjunction(m, [m.given(0), m.given(1)], [1.0, 0.0]), 1, 5),
         (guidance.energy(m, SDE, lambda x0: x0.square().sum(1)), 1, 5),
         (guidance.energy(m, SDE, lambda x0: x0.square().sum(1), through=False), 1, 5),
     ):
@@ -142,6 +143,7 @@ def test_conjunction_and_negation_are_their_formulas():
     close(guidance.conjunction(S, [S0, S1], [1.5, -0.5])(X, T), u + 1.5 * (a - u) - 0.5 * (b - u))
     close(guidance.conjunction(S, [S1], [3.0])(X, T), guidance.cfg(S1, S, 3.0)(X, T))
     close(guidance.conjunction(S, [S0], [0.0])(X, T), u)
+    close(guidance.conjunction(S, [S1, S0], [1.0, 0.0])(X, T), b)
     close(guidance.product([S0, S1], [2.0, -1.0])(X, T), 2 * a - b)
     w = torch.tensor([0.0, 1.0, 2.0, 3.5, -1.0], dtype=D64)
     close(guidance.product([S0, S1], [w, 1.0])(X, T), w[:, None] * a + b)

@@ -36,7 +36,6 @@ docs/guidance.md has the tables.
 Writes OUT/bias_card.png, OUT/rules.csv, rules_64d.csv and inverse.csv, and tables.md, the tables in Markdown.
 """
 
-import csv
 import math
 import time
 from dataclasses import replace
@@ -50,7 +49,7 @@ from tqdm.auto import tqdm
 from experiments.bias_inverse import INVERSE, judge
 from experiments.bias_rules import METHODS, ONCE, Case, at_one, log_target
 from experiments.certificate import CELLS, EDGE, cells, points, three_classes, tv
-from experiments.common import Claim, parser, report, start
+from experiments.common import Claim, parser, report, start, write_csv
 from experiments.problems import problem, sliced_w2
 from scoresde import VP
 from scoresde.files import whole
@@ -217,10 +216,7 @@ def main(argv: list[str] | None = None) -> list[Claim]:
     )
     table(inverse)
     for name, rows in (("rules", plane_rows), ("rules_64d", many), ("inverse", inverse)):
-        with whole(args.out / f"{name}.csv") as temporary, open(temporary, "w", newline="") as f:
-            writer = csv.DictWriter(f, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(rows, args.out / f"{name}.csv")
     with whole(args.out / "tables.md") as temporary:
         temporary.write_text(pages(plane_rows, many, inverse, weights))
     picture(drawn, weights, args.out / "bias_card.png")

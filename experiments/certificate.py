@@ -24,7 +24,6 @@ network's own flows (`experiments.certificate_model`).
 Writes OUT/certificate.png and OUT/certificate.csv.
 """
 
-import csv
 import itertools
 import math
 from pathlib import Path
@@ -35,7 +34,7 @@ from tqdm.auto import tqdm
 
 import guidance
 from experiments import certificate_model
-from experiments.common import Claim, parser, report, start
+from experiments.common import Claim, parser, report, start, write_csv
 from scoresde import VP, Mixture, Score, Streams, mixture
 from scoresde.files import whole
 
@@ -130,10 +129,7 @@ def main(argv: list[str] | None = None) -> list[Claim]:
     print("\n" + "  ".join(f"{k:>10}" for k in rows[0]))
     for row in rows:
         print("  ".join(f"{v:>10}" if isinstance(v, str) else f"{v:10.3g}" for v in row.values()))
-    with whole(args.out / "certificate.csv") as temporary, open(temporary, "w", newline="") as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, args.out / "certificate.csv")
     picture(target, weights, drawn, args.out / "certificate.png")
     print(f"\ntable: {args.out / 'certificate.csv'}, picture: {args.out / 'certificate.png'}\n")
     plain = [r for r in rows if r["rule"] == "cfg"]

@@ -14,7 +14,6 @@ effective samples 240, 49, 21, 2; tail -0.2, 0.6, 0.9, 1.9; -log q -54.5, -58, -
 and probes leave 0.04 to 0.2 nats in log w.
 """
 
-import csv
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +24,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import guidance
-from experiments.common import Claim, picture
+from experiments.common import Claim, picture, write_csv
 from scoresde import Model, Streams, log_prob, prior_sample
 from scoresde.checkpoint import load_model
-from scoresde.files import whole
 
 WEIGHTS = (1.0, 1.5, 2.0, 4.0)
 STEPS, PROBES, AGAIN = 40, 8, 6
@@ -87,10 +85,7 @@ def run(file: Path, label: int, n: int, out: Path, seed: int, device: torch.devi
     print("\n" + "  ".join(f"{k:>9}" for k in rows[0]))
     for row in rows:
         print("  ".join(f"{v:9.3g}" for v in row.values()))
-    with whole(out / "certificate.csv") as temporary, open(temporary, "w", newline="") as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, out / "certificate.csv")
     print(f"\ntable: {out / 'certificate.csv'}")
     if len(about["shape"]) == 3 and about["shape"][0] in (1, 3):
         few = min(n, 16)

@@ -1,8 +1,9 @@
 """What every experiment shares: its options, its claims, its pictures."""
 
 import argparse
+import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,14 @@ def report(claims: Sequence[Claim], path: Path | None) -> None:
         with whole(path) as temporary:
             temporary.write_text(json.dumps([c.row() for c in claims], indent=2) + "\n")
         print(f"claims written to {path}")
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """A line a row, under the names of the first; the file is whole or not there."""
+    with whole(file) as temporary, open(temporary, "w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def picture(x: Tensor, file: Path, *, columns: int, scale: int = 6) -> str:

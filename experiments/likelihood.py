@@ -20,7 +20,6 @@ Claims: the value beats the uniform density, log2(levels), and moves by <= 0.005
 """
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -33,7 +32,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from experiments.common import Claim, parser, report, start
+from experiments.common import Claim, parser, report, start, write_csv
 from experiments.digits import read_folder
 from experiments.rating import DEQUANTIZERS, How, Part, Task, prepare, rated
 from scoresde.checkpoint import load_model
@@ -147,10 +146,7 @@ def main(argv: list[str] | None = None) -> list[Claim]:
     found, items = summary(work, ready, given)
     with whole(args.out / "items.json") as temporary:
         temporary.write_text(json.dumps(items, indent=1) + "\n")
-    with whole(args.out / "items.csv") as temporary, open(temporary, "w", newline="") as f:
-        writer = csv.DictWriter(f, list(items[0]))
-        writer.writeheader()
-        writer.writerows(items)
+    write_csv(items, args.out / "items.csv")
     found.save(args.out / "report.json")
     print(f"{found.table()}\n\n{found}")
     print(f"per item: {args.out / 'items.csv'}, {args.out / 'items.json'}; report: {args.out / 'report.json'}")

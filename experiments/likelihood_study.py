@@ -38,7 +38,6 @@ A network of 60 s (16 digits, RMS): apart 9e-4 at tol 1e-3, multistep 2e-3, 9e-4
 Writes OUT/likelihood_study.csv, noise.csv and likelihood_study.png.
 """
 
-import csv
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -46,7 +45,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from experiments.common import Claim, parser, report, start
+from experiments.common import Claim, parser, report, start, write_csv
 from experiments.likelihood_methods import (
     PROCESSES,
     Case,
@@ -171,14 +170,6 @@ def show_noise(noise: Sequence[Noisy]) -> None:
             )
 
 
-def save(rows: Iterable[Any], file: Path) -> None:
-    table = [asdict(r) for r in rows]
-    with whole(file) as temporary, open(temporary, "w", newline="") as f:
-        writer = csv.DictWriter(f, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
-
-
 def draw(rows: Sequence[Row], noise: Sequence[Noisy], file: Path) -> None:
     """RMS error against passes of a sample, a panel a problem, ours in colour; and trace noise against products."""
     from matplotlib.figure import Figure
@@ -255,8 +246,8 @@ def main(argv: list[str] | None = None) -> list[Claim]:
     noise = [z for rows_ in made for z in tqdm(rows_, unit="kind", desc="trace noise")]
     show_noise(noise)
     covered = None if args.quick else coverage(exact_case("digits", "VP", 6, args.seed), 2, 5, 1000, args.seed)
-    save(rows, args.out / "likelihood_study.csv")
-    save(noise, args.out / "noise.csv")
+    write_csv([asdict(r) for r in rows], args.out / "likelihood_study.csv")
+    write_csv([asdict(r) for r in noise], args.out / "noise.csv")
     draw(rows, noise, args.out / "likelihood_study.png")
     print(f"\ntables and picture: {args.out}/likelihood_study.csv, noise.csv, likelihood_study.png")
     made_claims = claims(rows, noise, covered)

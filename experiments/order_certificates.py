@@ -21,7 +21,6 @@ for the strong order 1 of all that have one.
 To expect: all hold, most within 0.05, in 100 s.  Writes OUT/order_certificates.csv and .png (error against steps).
 """
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,7 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import samplers
-from experiments.common import Claim, parser, report, start
+from experiments.common import Claim, parser, report, start, write_csv
 from experiments.problems import Problem, problem
 from experiments.variants import Variant, variants
 from scoresde import VE, VP, Streams, SubVP, counted, flow
@@ -215,13 +214,6 @@ def show(rows: Sequence[Row]) -> None:
         print(f"{name:{width}} {r.order:5} {r.steps:4} {r.calls:6} {cells}  {r.because}".rstrip())
 
 
-def save(rows: Sequence[Row], file: Path) -> None:
-    with whole(file) as temporary, open(temporary, "w", newline="") as f:
-        writer = csv.DictWriter(f, list(Row.__dataclass_fields__))
-        writer.writeheader()
-        writer.writerows(asdict(r) for r in rows)
-
-
 def draw(chosen: Sequence[Variant], file: Path, most: int) -> None:
     """Gaussian error against steps, a panel for each SDE, a line for each sampler as called."""
     from matplotlib.figure import Figure
@@ -260,7 +252,7 @@ def main(argv: list[str] | None = None) -> list[Claim]:
         chosen = list({v.sampler: v for v in reversed(chosen)}.values())[::-1]
     rows = [certify(v, process) for v in tqdm(chosen, unit="variant", desc="certifying") for process in PROCESSES]
     show(rows)
-    save(rows, args.out / "order_certificates.csv")
+    write_csv([asdict(r) for r in rows], args.out / "order_certificates.csv")
     draw(chosen, args.out / "order_certificates.png", 32 if args.quick else 256)
     print(f"table and picture: {args.out / 'order_certificates.csv'}, {args.out / 'order_certificates.png'}")
     made = claims(rows)

@@ -21,7 +21,6 @@ that of every step, 16; secants 22): its end creeps along a separatrix, round by
 Writes OUT/parallel_rounds.csv and .png (worst error against rounds).
 """
 
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from experiments.common import Claim, parser, report, start
+from experiments.common import Claim, parser, report, start, write_csv
 from experiments.problems import NAMES, Problem, problem
 from samplers import ddim, grids, kernels, parallel
 from scoresde import Streams, counted
@@ -109,13 +108,6 @@ def show(rows: Sequence[Row]) -> None:
         print(f"{name:10} {process:5}{cells}".rstrip())
 
 
-def save(rows: Sequence[Row], file: Path) -> None:
-    with whole(file) as temporary, open(temporary, "w", newline="") as f:
-        writer = csv.DictWriter(f, [n for n in Row.__dataclass_fields__ if n != "errors"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(asdict(r) for r in rows)
-
-
 def draw(rows: Sequence[Row], file: Path) -> None:
     """Worst error against rounds: a panel for flow and SDE, a colour a problem, a dash a slope."""
     from matplotlib.figure import Figure
@@ -124,7 +116,9 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     names = list(dict.fromkeys(r.problem for r in rows))
     dashes = dict(zip(SLOPES, (":", "--", "-"), strict=True))
     for k, process in enumerate(ETAS):
-        ax = figure.add_subplot(1, len(ETAS), k + 1, title=f"{process}: : gaussian, -- secants, - jacobian")
+        ax = figure.add_subplot(
+            1, len(ETAS), k + 1, title=f"{process}: gaussian dotted, secants dashed, jacobian solid"
+        )
         ax.set(xlabel="rounds", ylabel="worst sample's error", yscale="log")
         ax.axhline(TOL, color="0.7", linewidth=1)
         for r in rows:
@@ -155,7 +149,7 @@ def main(argv: list[str] | None = None) -> list[Claim]:
     runs = [(n, e, s) for n in names for e in ETAS for s in SLOPES]
     rows = [measure(problem(n), e, s, steps, samples, args.seed) for n, e, s in tqdm(runs, unit="run")]
     show(rows)
-    save(rows, args.out / "parallel_rounds.csv")
+    write_csv([{k: v for k, v in asdict(r).items() if k != "errors"} for r in rows], args.out / "parallel_rounds.csv")
     draw(rows, args.out / "parallel_rounds.png")
     print(f"table and picture: {args.out / 'parallel_rounds.csv'}, {args.out / 'parallel_rounds.png'}")
     made = claims(rows)

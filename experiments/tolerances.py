@@ -23,7 +23,7 @@ Writes OUT/tolerances.csv and .png.
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,8 +32,7 @@ import torchdiffeq
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from experiments.bench.tables import write_csv
-from experiments.common import Claim, parser, report, start
+from experiments.common import Claim, parser, report, start, write_csv
 from experiments.problems import NAMES, problem
 from samplers import ode
 from scoresde import counted, flow, rowwise
@@ -184,7 +183,7 @@ def main(argv: list[str] | None = None) -> list[Claim]:
     names, n = (args.problems[:1], 16) if args.quick else (args.problems, 256)
     rows = [r for name in tqdm(names, unit="problem") for r in measure(name, solvers, n, args.seed)]
     show(rows)
-    write_csv(rows, Row, args.out / "tolerances.csv")
+    write_csv([asdict(r) for r in rows], args.out / "tolerances.csv")
     draw(rows, args.out / "tolerances.png")
     print(f"\n{args.out / 'tolerances.csv'}, {args.out / 'tolerances.png'}")
     made = claims(rows)

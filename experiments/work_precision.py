@@ -28,6 +28,7 @@ laws.csv; endpoints of the exact flow and results of the peers are kept in OUT a
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -36,8 +37,8 @@ from experiments import peers as others
 from experiments.bench.laws import NOISY, Law, Truth, claims, laws, show
 from experiments.bench.methods import Case, deterministic, is_noisy, our_grids, ours, theirs
 from experiments.bench.runs import Row, digest, every, exact_case, kept, measure, model_case, screened, versions
-from experiments.bench.tables import claims_against_peers, claims_on_auto, draw, table, write_csv
-from experiments.common import Claim, parser, report, start
+from experiments.bench.tables import claims_against_peers, claims_on_auto, draw, table
+from experiments.common import Claim, parser, report, start, write_csv
 from experiments.problems import NAMES, TABLE, problem
 
 NFE = (5, 8, 10, 15, 20, 35, 50)
@@ -138,11 +139,11 @@ def main(argv: list[str] | None = None) -> list[Claim]:
         p.error(str(err))
     made = claims_against_peers(rows, args.ours, args.grid) + claims_on_auto(rows, args.ours, args.grid)
     if distances:
-        write_csv(distances, Law, args.out / "laws.csv")
+        write_csv([asdict(r) for r in distances], args.out / "laws.csv")
         print(f"\n{args.out / 'laws.csv'}")
         made += claims(distances, next(r.sampler for r in distances))
     if rows:
-        write_csv(rows, Row, args.out / "work_precision.csv")
+        write_csv([asdict(r) for r in rows], args.out / "work_precision.csv")
         draw(rows, budgets, args.out / "work_precision.png")
         print(f"\n{args.out / 'work_precision.csv'}, {args.out / 'work_precision.png'}")
     report(made, args.json)

@@ -1,9 +1,7 @@
 """Tables, pictures and claims of the work-precision study."""
 
-import csv
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,14 +38,6 @@ def table(rows: Sequence[Row], budgets: Sequence[int], name: str) -> None:
         line(label, chosen)
         winners = [best(r for r in chosen if r.nfe == n) for n in budgets]
         print(" " * 26 + " ".join(f"{'' if w is None else w.sampler:>18}"[:18] for w in winners))
-
-
-def write_csv(rows: Sequence[Any], kind: type, file: Path) -> None:
-    """One line for each row, a dataclass of that kind."""
-    with whole(file) as temporary, open(temporary, "w", newline="") as f:
-        writer = csv.DictWriter(f, [field.name for field in fields(kind)])
-        writer.writeheader()
-        writer.writerows(asdict(r) for r in rows)
 
 
 def draw(rows: Sequence[Row], budgets: Sequence[int], file: Path) -> None:
